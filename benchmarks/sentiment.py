@@ -1,0 +1,97 @@
+"""The main job over seeds, and beside it the same budget spent with the final score only.
+
+    python benchmarks/sentiment.py                        (three seeds, two arms, one after the other)
+    python benchmarks/sentiment.py --jobs 2 --threads 1   (two runs side by side, a core each)
+
+Writes `benchmarks/results/sentiment.json` (every figure of every run, and which goals it reaches) and
+`benchmarks/results/sentiment.png` (the training reward of both arms over the steps).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RECIPE = HERE.parent / "recipes" / "sentiment.yaml"
+ARMS = {
+    "change per word": [],
+    "final score only": ["rewards.0.change=false", "rewards.0.every=end", "rewards.0.discount=1.0"],
+}
+
+
+def run(arm: str, seed: int, folder: Path, options: argparse.Namespace) -> Path:
+    """One run in a process of its own; a finished one is not run again."""
+    out = folder / f"{arm.replace(' ', '-')}-{seed}"
+    if not (out / "held_out" / "after.json").is_file():
+        overrides = [*ARMS[arm], f"seed={seed}", *options.override]
+        if options.threads:
+            overrides.append(f"train.threads={options.threads}")
+        command = [sys.executable, "-m", "instant_reward.cli", "train", str(RECIPE), *overrides, "--out", str(out)]
+        environment = {**os.environ, **({"OMP_NUM_THREADS": str(options.threads)} if options.threads else {})}
+        with (folder / f"{out.name}.log").open("w") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
+    print(f"{arm}, seed {seed}: done", flush=True)
+    return out
+
+
+def figures(out: Path) -> dict[str, object]:
+    """What a run brought, and whether it reaches the goals set for it."""
+    before = json.loads((out / "held_out" / "before.json").read_text())["figures"]
+    after = json.loads((out / "held_out" / "after.json").read_text())["figures"]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    start, end = before["score/sentiment"], after["score/sentiment"]
+    return {
+        "before": before,
+        "after": after,
+        "training_seconds": sum(row["time/sampling"] + row["time/learning"] for row in rows),
+        "steps": len(rows),
+        "reward": [row["reward/sentiment"] for row in rows],
+        "share_of_the_way_to_1": (end - start) / (1 - start),
+        "goals": {
+            "trained score at least halfway to its maximum": end >= start + (1 - start) / 2,
+            "held-out score up": after["score/vader"] > before["score/vader"],
+            "reference perplexity at most doubled": after["perplexity"] <= 2 * before["perplexity"],
+            "distinct-2 at least 0.7 of before": after["distinct_2"] >= 0.7 * before["distinct_2"],
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--threads", type=int, help="threads of each run")
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark-sentiment"))
+    parser.add_argument("override", nargs="*", help="changes to the recipe, as for `instant-reward train`")
+    options = parser.parse_args()
+    from instant_reward.evaluate.plot import curves
+
+    options.folder.mkdir(parents=True, exist_ok=True)
+    wanted = [(arm, seed) for seed in range(options.seeds) for arm in ARMS]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        outs = list(pool.map(lambda pair: run(*pair, options.folder, options), wanted))
+    result: dict[str, dict[str, object]] = {arm: {} for arm in ARMS}
+    lines: dict[str, list[list[dict[str, object]]]] = {arm: [] for arm in ARMS}
+    for (arm, seed), out in zip(wanted, outs, strict=True):
+        result[arm][str(seed)] = figures(out)
+        lines[arm].append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
+    versions = json.loads((outs[0] / "versions.json").read_text())
+    record = {"command": "python benchmarks/sentiment.py " + " ".join(sys.argv[1:]), "versions": versions, **result}
+    (HERE / "results").mkdir(exist_ok=True)
+    (HERE / "results" / "sentiment.json").write_text(json.dumps(record, indent=1) + "\n")
+    curves(lines, HERE / "results" / "sentiment.png", key="reward/sentiment")
+    for arm, seeds in result.items():
+        for seed, one in seeds.items():
+            goals = one["goals"]  # type: ignore[index]
+            print(f"{arm:18} seed {seed}: {one['share_of_the_way_to_1']:.2f} of the way; missed: "  # type: ignore[index]
+                  f"{[goal for goal, held in goals.items() if not held] or 'nothing'}")
+
+
+if __name__ == "__main__":
+    main()

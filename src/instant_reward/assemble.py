@@ -1,0 +1,61 @@
+"""From a config to what it names: rewards and prompts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from instant_reward import data
+from instant_reward.config import DataConfig, RewardConfig
+from instant_reward.imports import resolve
+from instant_reward.rewards.base import Reward, as_reward
+from instant_reward.rewards.compose import change
+from instant_reward.types import UserError
+
+
+def build_rewards(configs: Sequence[RewardConfig]) -> list[Reward]:
+    """The rewards of a config, in its order.
+
+    Raises:
+        UserError: where one cannot be imported or made.
+    """
+    return [_reward(config) for config in configs]
+
+
+def _reward(config: RewardConfig) -> Reward:
+    found = resolve(config.use)
+    if inspect.isclass(found) or config.args:
+        try:
+            found = found(**config.args)
+        except TypeError as error:
+            raise UserError(f"rewards: {config.use} does not take args {config.args}: {error}; correct them") from error
+    every = resolve(config.every) if isinstance(config.every, str) and ":" in config.every else config.every
+    if config.change:
+        made = change(found, every=every or "word", name=config.label)
+    else:
+        made = as_reward(found)
+        made = made.but(every=every) if every is not None else made
+    changes: dict[str, Any] = {"name": config.label, "weight": config.weight, "train": config.train}
+    if config.discount is not None:
+        changes["discount"] = config.discount
+    if config.at != "seen":
+        changes["at"] = config.at
+    return made.but(**changes)
+
+
+def load_prompt_rows(config: DataConfig) -> list[dict[str, Any]]:
+    """The rows of a data config: one mapping a prompt, its other columns beside it.
+
+    Raises:
+        UserError: where the file, the function or a row cannot be used.
+    """
+    if config.use is not None:
+        function = resolve(config.use)
+        try:
+            rows = list(function(**config.args))
+        except TypeError as error:
+            raise UserError(f"data.use: {config.use} does not take args {config.args}: {error}; correct them") from error
+        return rows[: config.limit]
+    source: Any = config.path if config.path is not None else config.prompts
+    return data.load_rows(source, column=config.column, limit=config.limit)

@@ -1,0 +1,332 @@
+"""The config of a run: plain values and import paths (torch-free), from YAML with dotted overrides.
+
+``Config.load`` reports everything that is wrong at once, each problem with its dotted path.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from instant_reward.config_problems import report, sentences
+from instant_reward.imports import resolve as resolve
+from instant_reward.yaml_values import apply_overrides, read_mapping, to_yaml
+
+PIECES = ("token", "word", "sentence", "line", "end")
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """What every section has in common: no unknown keys, finite numbers, and a short form where ``short`` is set."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=True, validate_default=True)
+    short: ClassVar[str | None] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, values: Any) -> Any:
+        """A bare word stands for the section with only its main key."""
+        return {cls.short: values} if cls.short and isinstance(values, str) else values
+
+
+class LoraConfig(Section):
+    """Low-rank adapters instead of full fine-tuning. ``targets``: "all-linear", or the names of the layers."""
+
+    rank: Count = 16
+    alpha: Count = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Text | list[Text] = "all-linear"
+
+
+class ModelConfig(Section):
+    """The model: a short name, a local folder, a GGUF file or a hub id. ``max_context`` counts prompt and text."""
+
+    short = "name"
+    name: Text = "smollm2-135m"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    lora: LoraConfig | None = None
+    max_context: Count | None = None
+
+
+class DataConfig(Section):
+    """Where prompts come from: exactly one of ``path`` (a file), ``use`` (``module:function``, called with ``args``)
+    and ``prompts`` (texts, lists of messages, or mappings of columns)."""
+
+    short = "path"
+    path: Text | None = None
+    use: Text | None = None
+    prompts: list[Any] | None = None
+    column: Text = "prompt"
+    args: dict[str, Any] = {}
+    limit: Count | None = None
+
+    @field_validator("use")
+    @classmethod
+    def _use(cls, value: str | None) -> str | None:
+        return None if value is None else _import_path(value)
+
+    @field_validator("prompts")
+    @classmethod
+    def _prompts(cls, value: list[Any] | None) -> list[Any] | None:
+        if value is not None and not value:
+            raise ValueError("is empty; give at least one prompt")
+        for index, prompt in enumerate(value or []):
+            if not isinstance(prompt, str | list | dict) or not prompt:
+                raise ValueError(f"item {index} must be a text, a list of messages or a mapping, not {prompt!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [name for name in ("path", "use", "prompts") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of path, use and prompts (there {_are(given)})")
+        return self
+
+
+class RewardConfig(Section):
+    """One reward: the function ``use``, called with ``args`` first where there are any.
+
+    Attributes:
+        use: ``module:name``, or a file as ``folder/file.py:name``.
+        name: what its marks are called; the function's name when left out.
+        discount: per token; the algorithm's when left out.
+        every: where pieces end ("token", "word", "sentence", "line", "end", a number of tokens, or ``module:name``);
+            the function's own when left out.
+        at: where a mark is paid: "seen" (exact), or on its "span" (biased).
+        change: pay the change of the score at each piece, from the empty text's on.
+        train: False for a reward that is only watched.
+    """
+
+    short = "use"
+    use: Text
+    name: Text | None = None
+    weight: float = 1.0
+    discount: Annotated[float, Field(ge=0, le=1)] | None = None
+    every: Annotated[str | int | None, Field(union_mode="left_to_right")] = None
+    at: Literal["seen", "span"] = "seen"
+    change: bool = False
+    args: dict[str, Any] = {}
+    train: bool = True
+
+    @property
+    def label(self) -> str:
+        """The name its marks carry: ``name``, else the last part of ``use``."""
+        return self.name or self.use.rpartition(":")[2]
+
+    @field_validator("use")
+    @classmethod
+    def _use(cls, value: str) -> str:
+        return _import_path(value)
+
+    @field_validator("every", mode="before")
+    @classmethod
+    def _every(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in PIECES and ":" not in value:
+            raise ValueError(f"must be one of {', '.join(PIECES)}, a number of tokens or module:name, not {value!r}")
+        if value is not None and not isinstance(value, str) and (type(value) is not int or value < 1):
+            raise ValueError(f"must be the name of a piece or a number of tokens from 1, not {value!r}")
+        return value
+
+
+class AlgorithmConfig(Section):
+    """A named choice of (credit, loss). What is None is the preset's own.
+
+    Attributes:
+        discount: per token, for every source without its own.
+        normalise: over what the loss is averaged.
+        scale: divide advantages by the deviation of the group or the batch; "none" leaves them as they are.
+        timing: "ignore" lets a preset sum rewards over time; "keep" refuses.
+        biased_placement: "allow" lets rewards be placed on their spans.
+        kl: the weight of the reference KL, paid per token as a reward.
+        kl_as: "loss" is refused with an explanation: the log-ratio used as a loss has no gradient in expectation.
+        epochs: passes over each batch; minibatches: optimizer steps in each.
+    """
+
+    short = "name"
+    name: Literal["reinforce", "rloo", "grpo"] = "rloo"
+    discount: Fraction = 1.0
+    normalise: Literal["text", "tokens", "constant"] | None = None
+    scale: Literal["none", "group", "batch"] | None = None
+    loss: Literal["policy_gradient", "clipped"] | None = None
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Positive = 0.2
+    timing: Literal["keep", "ignore"] = "keep"
+    biased_placement: Literal["refuse", "allow"] = "refuse"
+    kl: NotNegative = 0.0
+    kl_as: Literal["reward", "loss"] = "reward"
+    epochs: Count = 1
+    minibatches: Count = 1
+
+
+class SamplingConfig(Section):
+    """How texts are drawn. ``rows``: texts decoded side by side; ``stop_lag``: decoding steps until a stopped text's
+    row is free again, the same for fast and slow rewards."""
+
+    max_new_tokens: Count = 32
+    min_new_tokens: Whole = 0
+    temperature: Positive = 1.0
+    top_p: Fraction = 1.0
+    top_k: Whole = 0
+    stop: list[Text] = []
+    rows: Count = 64
+    stop_lag: Whole = 4
+
+    @field_validator("min_new_tokens")
+    @classmethod
+    def _min(cls, value: int, info: Any) -> int:
+        most = info.data.get("max_new_tokens", math.inf)
+        if value > most:
+            raise ValueError(f"is {value}, more than max_new_tokens ({most}); lower it or raise max_new_tokens")
+        return value
+
+    @field_validator("top_p", "top_k")
+    @classmethod
+    def _whole_vocabulary(cls, value: float, info: Any) -> float:
+        if (info.field_name == "top_p" and value < 1) or (info.field_name == "top_k" and value > 0):
+            off = {"top_p": 1, "top_k": 0}[info.field_name]
+            raise ValueError(
+                f"training on truncated samples is biased, since the policy is scored over the whole vocabulary; "
+                f"set it to {off}"
+            )
+        return value
+
+
+class StopWhen(Section):
+    """End training when ``metric`` has stayed above ``above`` for ``for_steps`` steps in a row."""
+
+    metric: Text
+    above: float
+    for_steps: Count = 1
+
+
+class TrainConfig(Section):
+    """The loop. ``tokens_per_part`` bounds the memory of a forward pass, and ``keep`` how many checkpoints stay."""
+
+    steps: Count = 40
+    prompts_per_step: Count = 4
+    group_size: Count = 8
+    learning_rate: NotNegative = 1e-5
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Whole = 0
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: Positive = 1.0
+    tokens_per_part: Count = 2048
+    save_every: Count | None = None
+    keep: Count = 2
+    stop_when: StopWhen | None = None
+    threads: Count | None = None
+
+
+class EvaluateConfig(Section):
+    """Held-out prompts and the rewards that only judge them. ``every``: steps between evaluations."""
+
+    prompts: DataConfig | None = None
+    every: Count | None = None
+    texts_per_prompt: Count = 1
+    held_out: list[RewardConfig] = []
+
+
+class Config(Section):
+    """Everything that fixes a run. ``out`` is the run folder."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    rewards: list[RewardConfig] = []
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    seed: Whole = 0
+    out: Text = "runs/first"
+
+    @field_validator("rewards")
+    @classmethod
+    def _names(cls, value: list[RewardConfig]) -> list[RewardConfig]:
+        if value and not any(reward.train for reward in value):
+            raise ValueError("every one has train: false, so there is nothing to learn from; leave one without it")
+        labels = [reward.label for reward in value]
+        for index, label in enumerate(labels):
+            first = labels.index(label)
+            if first < index:
+                text = f"{label!r} is also what rewards.{first} is called; give one of them another name"
+                raise _below(f".{index}.name", text)
+        return value
+
+    @field_validator("train")
+    @classmethod
+    def _group(cls, value: TrainConfig, info: Any) -> TrainConfig:
+        algorithm = info.data.get("algorithm")
+        if algorithm and algorithm.name in ("rloo", "grpo") and value.group_size < 2:
+            text = f"must be at least 2 for {algorithm.name}, which compares the texts of one prompt"
+            raise _below(".group_size", text)
+        return value
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
+        """The config in a YAML file, changed by overrides such as ``train.steps=40`` or ``rewards.0.weight=2``.
+
+        Raises:
+            UserError: the file cannot be read, or all that is wrong in it, one line each with its dotted path.
+        """
+        values = _expanded(read_mapping(Path(path)))
+        problems = apply_overrides(values, overrides, {"model": "name", "algorithm": "name"})
+        if not values.get("rewards"):
+            problems.append("rewards: there is none; name at least one function to learn from")
+        return cls.build(values, str(path), problems)
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any], where: str = "the config", problems: Sequence[str] = ()) -> Config:
+        """The config of plain values; ``where`` names them in errors, ``problems`` are reported beside its own.
+
+        Raises:
+            UserError: all that is wrong, one line each with its dotted path.
+        """
+        problems = list(problems)
+        try:
+            config = cls.model_validate(values)
+        except ValidationError as error:
+            raise report(where, problems + sentences(error, cls)) from None
+        if problems:
+            raise report(where, problems)
+        return config
+
+    def dump(self) -> str:
+        """The whole config as YAML text, defaults included; ``Config.load`` reads it back as it was."""
+        return to_yaml(self.model_dump(mode="json"))
+
+
+def _expanded(values: dict[str, Any]) -> dict[str, Any]:
+    """Sections given by one word, as mappings, so that overrides can reach into them."""
+    for name, key in {"model": ModelConfig.short, "data": DataConfig.short, "algorithm": AlgorithmConfig.short}.items():
+        if isinstance(values.get(name), str):
+            values[name] = {key: values[name]}
+    rewards = values.get("rewards")
+    if isinstance(rewards, list):
+        values["rewards"] = [{RewardConfig.short: item} if isinstance(item, str) else item for item in rewards]
+    return values
+
+
+def _below(path: str, text: str) -> PydanticCustomError:
+    """A problem at a key inside the field that is being checked."""
+    return PydanticCustomError("cross_check", "{text}", {"text": text, "below": path})
+
+
+def _import_path(value: str) -> str:
+    module, _, name = value.rpartition(":")
+    if not module or not name:
+        raise ValueError(f"must be written module:name or folder/file.py:name, not {value!r}")
+    return value
+
+
+def _are(given: list[str]) -> str:
+    return f"are {' and '.join(given)}" if given else "is none"

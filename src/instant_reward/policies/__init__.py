@@ -1,0 +1,1 @@
+"""Policies: the only place that knows a model's insides."""

@@ -1,0 +1,1 @@
+"""Rewards: what rates a text while it is written."""

@@ -1,0 +1,84 @@
+"""Rewards made of other things: the change of a score, a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from instant_reward.rewards.base import Reward, as_reward
+from instant_reward.types import Every, Prompt, UserError, View
+
+
+class Change:
+    """Pays ``score(now) - score(before)`` at each piece, beginning from ``score("")``.
+
+    The sum over a text is ``score(full) - score("")``. With discount 1 it has the final score's gradient; with a
+    discount below 1 it is another objective, in which effects soon after a word count more.
+    """
+
+    def __init__(self, score: Callable[[Any], Any], batched: bool) -> None:
+        self.score = score
+        self.batched = batched
+        self._empty: float | None = None
+
+    def start(self, prompt: Prompt) -> list[float]:
+        """The state is the last score, in a list of one so that it can be replaced."""
+        if self._empty is None:
+            self._empty = float(self.score([""])[0] if self.batched else self.score(""))
+        return [self._empty]
+
+    def extend(self, state: Any, view: Any) -> Any:
+        """The change at this piece; lists of states and views where ``batched``."""
+        if not self.batched:
+            return self._step(state, float(self.score(view.text)))
+        states: Sequence[list[float]] = state
+        views: Sequence[View] = view
+        now = [float(value) for value in self.score([one.text for one in views])]
+        if len(now) != len(views):
+            return now  # the watcher names the reward and says that the length is wrong
+        return [self._step(one, value) for one, value in zip(states, now, strict=True)]
+
+    @staticmethod
+    def _step(state: list[float], now: float) -> float:
+        before, state[0] = state[0], now
+        return now - before
+
+
+def change(
+    score: Callable[[Any], Any],
+    every: Every = "word",
+    *,
+    name: str | None = None,
+    batched: bool = False,
+    weight: float = 1.0,
+    discount: float | None = None,
+) -> Reward:
+    """The change of ``score`` at each piece: its sum over a text is ``score(full) - score("")``.
+
+    Args:
+        score: ``f(text) -> float``; with ``batched``, ``f(list of texts) -> list of floats``.
+        every: where pieces end, as for ``ir.reward``.
+        name: the source's name; the score's where it is not given.
+        discount: per sampled token; 1 keeps the final score's gradient, less is a stated bias.
+
+    Raises:
+        UserError: where ``score`` takes anything but a text.
+    """
+    one = as_reward(score)
+    if one.takes != "text":
+        raise UserError(f"ir.change compares scores of texts, and '{one.name}' takes no text; give it f(text) -> float")
+    return Reward(
+        function=Change(one.function, batched),
+        name=name or one.name,
+        every=every,
+        batched=batched,
+        weight=weight,
+        discount=discount,
+        takes="state",
+    )
+
+
+def weighted(candidate: Any, weight: float, name: str | None = None) -> Reward:
+    """The same reward with another weight in the sum, and another name where one is given."""
+    one = as_reward(candidate)
+    return one.but(weight=weight, name=name or one.name)

@@ -1,0 +1,323 @@
+"""The decoding engine: many texts side by side over the model's key-value cache, scored while they are written.
+
+A prompt is prefilled once and shared by its siblings; finished and stopped texts leave, waiting ones take their place.
+A worker thread scores the tokens of one step while the next steps are decoded.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from instant_reward.rewards.watch import Watch
+from instant_reward.sampling.draw import Settings, draw, uniforms
+from instant_reward.sampling.slots import SlotCache
+from instant_reward.text import TextDecoder, TextStream
+from instant_reward.types import Mark, Prompt, Rollout, StopReason, UserError
+
+if TYPE_CHECKING:
+    from instant_reward.policies.causal import CausalPolicy
+
+PREFILL_TOKENS = 2048  # prompts are prefilled together up to this many tokens, padding included
+
+Scored = list[tuple[list[Mark], int | None]]
+
+
+@dataclass
+class Count:
+    """What an engine has decoded.
+
+    Attributes:
+        decoded: tokens drawn in all.
+        kept: tokens that ended up in texts.
+        saved: tokens that were never drawn because a reward stopped their text.
+    """
+
+    decoded: int = 0
+    kept: int = 0
+    saved: int = 0
+
+
+@dataclass
+class _Text:
+    key: int
+    prompt: Prompt
+    group: int
+    sibling: int
+    uniforms: np.ndarray
+    stream: TextStream | None
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    tail: str = ""
+    reason: StopReason | None = None
+    active: bool = True
+    settled: bool = False
+
+
+class Engine:
+    """Samples from a policy.
+
+    Args:
+        policy: whose model is decoded. With bfloat16 compute the engine keeps a bfloat16 copy of it (``load``).
+        settings: how texts are drawn.
+        version: the policy version that is written into the rollouts.
+    """
+
+    def __init__(self, policy: CausalPolicy, settings: Settings, version: int = 0) -> None:
+        self.settings = settings
+        self.tokenizer = policy.tokenizer
+        self.end_ids = policy.end_ids
+        self.device = policy.device
+        self.count = Count()
+        self._copies = policy.compute == torch.bfloat16
+        self._decoder = TextDecoder(policy.tokenizer)
+        self._model: Any = _bfloat16_copy(policy.model) if self._copies else policy.model
+        self._pad = policy.pad_id
+        self.load(policy, version)
+
+    def load(self, policy: CausalPolicy, version: int) -> None:
+        """Takes over the policy's weights as they are now."""
+        self.version = version
+        if self._copies:
+            with torch.no_grad():
+                for mine, theirs in zip(self._model.parameters(), policy.model.parameters(), strict=True):
+                    mine.copy_(theirs)
+
+    def stream(
+        self, prompts: Sequence[Prompt], per_prompt: int, rewards: Sequence[Any] = (), seed: int = 0, step: int = 0
+    ) -> Iterator[Rollout]:
+        """Samples ``per_prompt`` texts for each prompt and yields each when it is finished and scored.
+
+        Args:
+            seed, step: what the texts are drawn with; the same pair draws the same texts.
+
+        Raises:
+            RewardError: where a reward fails; the message names the reward, the prompt and the step.
+        """
+        if per_prompt < 1:
+            raise UserError(f"per_prompt={per_prompt} must be at least 1")
+        watch = Watch(rewards, self._decoder, step)
+        # Scoring runs on one thread of its own, so that marks come in order and rewards need no locks.
+        worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rewards")
+        try:
+            yield from _Stream(self, watch, worker).run(self._texts(prompts, per_prompt, seed, step))
+        finally:  # after an error, or where the caller wants no more texts, what waits to be scored is dropped
+            worker.shutdown(cancel_futures=True)
+
+    def _texts(self, prompts: Sequence[Prompt], per_prompt: int, seed: int, step: int) -> deque[list[_Text]]:
+        groups: deque[list[_Text]] = deque()
+        met: dict[str, int] = {}
+        for group, prompt in enumerate(prompts):
+            turn = met.get(prompt.id, 0)
+            met[prompt.id] = turn + 1
+            key = int.from_bytes(
+                blake2b(f"{prompt.id}\n{turn}".encode(errors="replace"), digest_size=8).digest(), "little"
+            )
+            groups.append(
+                [
+                    _Text(
+                        key=group * per_prompt + sibling,
+                        prompt=prompt,
+                        group=group,
+                        sibling=sibling,
+                        uniforms=uniforms(seed, step, (key, sibling), self.settings.max_new_tokens),
+                        stream=self._decoder.stream() if self.settings.stop else None,
+                    )
+                    for sibling in range(per_prompt)
+                ]
+            )
+        return groups
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Prompt]) -> tuple[DynamicCache, Tensor]:
+        """Reads prompts, right-padded; returns their keys and values and the logits ``[P, V]`` of what follows."""
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        ids = torch.full((len(prompts), longest), self._pad)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt.token_ids)] = torch.tensor(prompt.token_ids)
+        # Plain causal attention: what is right of a prompt's last token cannot reach it.
+        base = getattr(self._model, self._model.base_model_prefix)
+        out = base(input_ids=ids.to(self.device), use_cache=True)
+        last = torch.tensor([len(prompt.token_ids) - 1 for prompt in prompts])
+        states = out.last_hidden_state[torch.arange(len(prompts)), last.to(self.device)]
+        return out.past_key_values, self._wide(self._model.get_output_embeddings()(states))
+
+    @torch.inference_mode()
+    def decode(self, tokens: list[int], cache: SlotCache) -> Tensor:
+        """One token a row; returns the logits ``[R, V]`` of what follows."""
+        positions, look = cache.advance(self.device)
+        ids = torch.tensor(tokens, device=self.device)[:, None]
+        base = getattr(self._model, self._model.base_model_prefix)
+        out = base(input_ids=ids, position_ids=positions, attention_mask=look, past_key_values=cache, use_cache=True)
+        return self._wide(self._model.get_output_embeddings()(out.last_hidden_state[:, -1]))
+
+    def new_cache(self, groups: Sequence[Sequence[_Text]]) -> SlotCache:
+        """Room for the longest prompt with a full text behind it, in every slot."""
+        longest = max(len(texts[0].prompt.token_ids) for texts in groups)
+        slots = min(self.settings.rows, sum(len(texts) for texts in groups))
+        return SlotCache(slots, longest + self.settings.max_new_tokens, self._model.config.num_hidden_layers)
+
+    @staticmethod
+    def _wide(logits: Tensor) -> Tensor:
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _bfloat16_copy(model: Any) -> Any:
+    """Buffers stay as they are: in bfloat16 the frequencies of rotary positions would be other ones."""
+    twin = copy.deepcopy(model).requires_grad_(False)
+    for parameter in twin.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return twin
+
+
+def in_order(rollouts: Iterable[Rollout]) -> list[Rollout]:
+    """Rollouts in the order of their prompts, siblings next to each other; a stream yields them as they finish."""
+    return sorted(rollouts, key=lambda rollout: (rollout.group, int(rollout.id.rpartition("/")[2])))
+
+
+class _Stream:
+    """One call of ``Engine.stream``: which texts are active, which wait, and what is being scored."""
+
+    def __init__(self, engine: Engine, watch: Watch, worker: ThreadPoolExecutor) -> None:
+        self.engine, self.watch, self.worker = engine, watch, worker
+        self.settings = engine.settings
+        self.active: list[_Text] = []
+        self.fresh: list[_Text] = []
+        self.pending: deque[tuple[list[tuple[_Text, bool]], Future[Scored]]] = deque()
+        self.split: tuple[DynamicCache, int, Tensor] | None = None  # the read prompt of a group that did not fit whole
+
+    def run(self, waiting: deque[list[_Text]]) -> Iterator[Rollout]:
+        if not waiting:
+            return
+        cache = self.cache = self.engine.new_cache(waiting)
+        while self.active or waiting or self.pending:
+            logits = self.engine.decode([text.tokens[-1] for text in self.active], cache) if self.active else None
+            logits = self._admit(waiting, logits)
+            if logits is not None:
+                self._take(logits)
+            # Only the stops of a token this many steps old are acted on: timing never changes a batch's shape.
+            while self.pending and (len(self.pending) > self.settings.stop_lag or not (self.active or waiting)):
+                yield from self._settle(*self.pending.popleft())
+
+    def _admit(self, waiting: deque[list[_Text]], logits: Tensor | None) -> Tensor | None:
+        """Waiting texts take the free slots, several prompts prefilled together; siblings share one prefill."""
+        free = self.cache.slots - len(self.active)
+        chosen: list[list[_Text]] = []
+        longest = 0
+        while waiting and free > 0:
+            longest = max(longest, len(waiting[0][0].prompt.token_ids))
+            if chosen and longest * (len(chosen) + 1) > PREFILL_TOKENS:
+                break
+            siblings = waiting.popleft()
+            now, later = siblings[:free], siblings[free:]
+            if later:
+                waiting.appendleft(later)
+            chosen.append(now)
+            free -= len(now)
+        if not chosen:
+            return logits
+        read = [] if self.split is None else [self.split]
+        unread = [texts[0].prompt for texts in chosen[len(read) :]]
+        if unread:
+            filled, first = self.engine.prefill(unread)
+            read += [(filled, row, first[row]) for row in range(len(unread))]
+        parts = [] if logits is None else [logits]
+        for texts, (prompts, row, following) in zip(chosen, read, strict=True):
+            self.cache.add(prompts, row, len(texts[0].prompt.token_ids), len(texts))
+            self.active += texts
+            self.fresh += texts
+            parts.append(following.expand(len(texts), -1))
+        self.split = read[-1] if waiting and waiting[0][0].group == chosen[-1][0].group else None
+        return torch.cat(parts)
+
+    def _take(self, logits: Tensor) -> None:
+        """Draws a token for every active text, sends them to be scored, and frees the slots of finished texts."""
+        settings, engine = self.settings, self.engine
+        drawn = torch.tensor([text.uniforms[len(text.tokens)] for text in self.active], dtype=torch.float64)
+        forbid = torch.tensor([len(text.tokens) < settings.min_new_tokens for text in self.active])
+        with torch.inference_mode():
+            tokens, logprobs = draw(logits, drawn.to(logits.device), forbid.to(logits.device), engine.end_ids, settings)
+        step = []
+        for text, token, logprob in zip(self.active, tokens.tolist(), logprobs.tolist(), strict=True):
+            text.tokens.append(token)
+            text.logprobs.append(logprob)
+            text.reason = self._ending(text, token)
+            step.append((text, text.reason is not None))
+        engine.count.decoded += len(step)
+        items = [(text.key, [text.tokens[-1]], done) for text, done in step]
+        self.pending.append((step, self.worker.submit(self._score, self.fresh, items)))
+        self.fresh = []
+        for text, done in step:
+            if done:
+                self._leave(text)
+
+    def _score(self, fresh: Sequence[_Text], items: Sequence[tuple[int, list[int], bool]]) -> Scored:
+        """Runs on the worker, where the rewards live."""
+        for text in fresh:
+            self.watch.open(text.key, text.prompt)
+        return self.watch.feed_many(items)
+
+    def _ending(self, text: _Text, token: int) -> StopReason | None:
+        if token in self.engine.end_ids:
+            return "ended"
+        if text.stream is not None:
+            text.tail += text.stream.push(token)
+            if any(stop in text.tail for stop in self.settings.stop):
+                return "ended"
+            text.tail = text.tail[-max(map(len, self.settings.stop)) :]
+        return "length" if len(text.tokens) >= self.settings.max_new_tokens else None
+
+    def _leave(self, text: _Text) -> None:
+        """Frees a text's slot; the last active text moves into it, as it does in the cache."""
+        slot = next(index for index, other in enumerate(self.active) if other is text)
+        self.cache.remove(slot)
+        last = self.active.pop()
+        if slot < len(self.active):
+            self.active[slot] = last
+        text.active = False
+
+    def _settle(self, step: Sequence[tuple[_Text, bool]], scored: Future[Scored]) -> Iterator[Rollout]:
+        """Acts on what the rewards said about one step: finished texts are yielded, stopped ones taken out."""
+        for (text, done), (_, stopped_at) in zip(step, scored.result(), strict=True):
+            if text.settled or (stopped_at is None and not done):
+                continue
+            text.settled = True
+            if text.active:
+                self._leave(text)
+            # A text that ended by itself with the token at which a reward stops it has ended.
+            yield self._finish(text, text.reason if done and text.reason else "stopped")
+
+    def _finish(self, text: _Text, reason: StopReason) -> Rollout:
+        characters, char_ends, marks = self.watch.close(text.key)
+        first = len(text.prompt.token_ids)
+        kept = len(char_ends) - first
+        count, settings = self.engine.count, self.settings
+        count.kept += kept
+        if reason == "stopped" and text.reason is None:  # else it had come to its own end before the stop was known
+            count.saved += settings.max_new_tokens - len(text.tokens)
+        return Rollout(
+            id=f"{text.prompt.id}/{text.sibling}",
+            group=text.group,
+            prompt=text.prompt,
+            token_ids=[*text.prompt.token_ids, *text.tokens[:kept]],
+            mask=[False] * first + [True] * kept,
+            logprobs=[0.0] * first + text.logprobs[:kept],
+            char_ends=char_ends,
+            text=characters,
+            marks=marks,
+            versions=[-1] * first + [self.engine.version] * kept,
+            stop=reason,
+            temperature=settings.temperature,
+            forbidden_end=settings.min_new_tokens,
+            info=text.prompt.info,
+        )

@@ -1,0 +1,83 @@
+"""The key-value cache of the decoding engine: one slot a text, filled to its own length, slots kept side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+
+class SlotCache(Cache):
+    """Keys and values ``[slots, heads, width, size]`` per layer, allocated once.
+
+    Active texts are the first ``count`` slots. ``lengths[i]`` tokens of slot ``i`` are filled; the next token is
+    written behind them, wherever that is in each row.
+    """
+
+    def __init__(self, slots: int, width: int, layers: int) -> None:
+        super().__init__(layers=[])
+        self.slots, self.width = slots, width
+        self.keys: list[Tensor | None] = [None] * layers
+        self.values: list[Tensor | None] = [None] * layers
+        self.lengths = torch.zeros(slots, dtype=torch.long)
+        self.count = 0
+        self._rows = torch.zeros(0, dtype=torch.long)
+        self._at = torch.zeros(0, dtype=torch.long)
+        self._visible = 0
+
+    def add(self, prompts: DynamicCache, row: int, length: int, copies: int) -> None:
+        """Copies the keys and values of one prefilled prompt into the next ``copies`` slots."""
+        first, last = self.count, self.count + copies
+        layers: list[Any] = prompts.layers
+        for layer, filled in enumerate(layers):
+            for store, source in ((self.keys, filled.keys), (self.values, filled.values)):
+                if store[layer] is None:
+                    shape = (self.slots, source.shape[1], self.width, source.shape[3])
+                    store[layer] = source.new_zeros(shape)
+                target = store[layer]
+                assert target is not None
+                target[first:last, :, :length] = source[row, :, :length]
+        self.lengths[first:last] = length
+        self.count = last
+
+    def remove(self, slot: int) -> None:
+        """Frees a slot: the last active text moves into it."""
+        last = self.count - 1
+        if slot != last:
+            length = int(self.lengths[last])
+            for store in (self.keys, self.values):
+                for tensor in store:
+                    assert tensor is not None
+                    tensor[slot, :, :length] = tensor[last, :, :length]
+            self.lengths[slot] = self.lengths[last]
+        self.count = last
+
+    def advance(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Makes room for one more token a row.
+
+        Returns:
+            Its positions ``[count, 1]`` and a mask ``[count, 1, 1, visible]`` of what each row may look at.
+        """
+        at = self.lengths[: self.count].clone()
+        self._visible = int(at.max()) + 1
+        self._rows, self._at = torch.arange(self.count, device=device), at.to(device)
+        self.lengths[: self.count] += 1
+        look = torch.arange(self._visible)[None, :] <= at[:, None]
+        return at[:, None].to(device), look[:, None, None, :].to(device)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Writes one token a row and hands back what the rows may look at; the model calls it in every layer."""
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        assert keys is not None, "prefill a prompt before decoding"
+        assert values is not None, "prefill a prompt before decoding"
+        keys[self._rows, :, self._at] = key_states[:, :, 0]
+        values[self._rows, :, self._at] = value_states[:, :, 0]
+        return keys[: self.count, :, : self._visible], values[: self.count, :, : self._visible]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The longest row."""
+        return int(self.lengths[: self.count].max()) if self.count else 0

@@ -1,0 +1,288 @@
+"""The loop: prompts, sampled and scored texts, credit, loss, step. One screen of it is ``learn``; the rest is set-up."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from instant_reward import algorithms, assemble, data
+from instant_reward._callable import make_callable
+from instant_reward.batch import collate
+from instant_reward.config import Config
+from instant_reward.policies.causal import CausalPolicy, load_policy
+from instant_reward.policies.optimizer import Optimization
+from instant_reward.progress import Metrics
+from instant_reward.records import rollout_record
+from instant_reward.rewards.base import Reward, as_rewards
+from instant_reward.run import Run
+from instant_reward.sampling.draw import Settings
+from instant_reward.sampling.engine import Engine, in_order
+from instant_reward.screen import Screen
+from instant_reward.types import UserError
+
+Extra = Callable[[CausalPolicy, int], Mapping[str, float]]
+
+
+@dataclass
+class Job:
+    """Everything a run needs, loaded and checked.
+
+    Attributes:
+        above: for how many steps in a row the metric of ``train.stop_when`` has been above its target.
+        interrupted: set by Ctrl-C; the step in hand is finished and saved.
+    """
+
+    config: Config
+    run: Run
+    policy: CausalPolicy
+    rewards: list[Reward]
+    prompts: data.Prompts
+    algorithm: algorithms.Algorithm
+    above: int = 0
+    interrupted: bool = field(default=False, repr=False)
+
+
+def learn(job: Job, screen: Screen, extra: Extra | None = None) -> Run:
+    """Trains until the last step, until ``stop_when`` holds, or until Ctrl-C; every way ends in a checkpoint.
+
+    Args:
+        extra: called with the policy after each step; the metrics it returns join the step's.
+    """
+    run, policy, algorithm, config = job.run, job.policy, job.algorithm, job.config.train
+    sampler = Engine(policy, sampling_settings(job.config), version=run.step)
+    for step in range(run.step + 1, config.steps + 1):
+        metrics = Metrics(job.rewards, algorithm.sources, sampler.count)
+        stream = sampler.stream(job.prompts.batch(step), config.group_size, job.rewards, job.config.seed, step)
+        rollouts = in_order(stream)
+        metrics.sampled(rollouts)
+        batch = policy.annotate(collate(rollouts, algorithm.sources, policy.pad_id), config.tokens_per_part)
+        batch = algorithm.credit(batch)
+        for epoch in range(job.config.algorithm.epochs):
+            for minibatch in batch.minibatches(job.config.algorithm.minibatches, seed=step * 1000 + epoch):
+                for part in minibatch.parts(config.tokens_per_part):
+                    output = policy(part)
+                    loss = algorithm.loss(output.logprobs, part)
+                    policy.backward(loss.loss)
+                    metrics.learned(output, loss, part)
+                metrics.stepped(policy.step())
+        sampler.load(policy, version=step)
+        row = {**metrics.row(batch, sampler.count), **(extra(policy, step) if extra else {})}
+        run.record(step, row, [rollout_record(rollout) for rollout in rollouts[: config.group_size]])
+        screen.update(step, row, rollouts[0])
+        reached = _target_reached(job, row)
+        last = step == config.steps or reached or job.interrupted
+        if last or (config.save_every and step % config.save_every == 0):
+            run.save_checkpoint(step, lambda folder: _save(job, folder), score=row["reward"])
+        if last:
+            break
+    return run
+
+
+def train(
+    config: Config | None = None,
+    *,
+    model: str = "smollm2-135m",
+    prompts: Sequence[Any] | str | None = None,
+    rewards: Sequence[Any] | None = None,
+    algorithm: str | Mapping[str, Any] = "rloo",
+    steps: int = 40,
+    prompts_per_step: int = 4,
+    group_size: int = 8,
+    max_new_tokens: int = 32,
+    min_new_tokens: int = 0,
+    learning_rate: float = 1e-5,
+    discount: float = 1.0,
+    kl: float = 0.0,
+    dtype: str = "auto",
+    save_every: int | None = None,
+    seed: int = 0,
+    out: str | Path = "runs/first",
+    resume: bool = False,
+) -> Run:
+    """Trains a language model from rewards on its own texts.
+
+    Either from a whole ``Config``, or from the arguments.
+
+    Args:
+        config: everything; the other arguments but ``rewards`` and ``resume`` are then not looked at.
+        model: a short name, a local folder, a GGUF file or a hub id.
+        prompts: texts, lists of messages or mappings; or the path of a file with them.
+        rewards: reward functions.
+        algorithm: a preset's name, or a mapping of its options, ``{"name": "grpo", "timing": "ignore"}``.
+        prompts_per_step, group_size: each step samples ``group_size`` texts for each of so many prompts.
+        discount: per token, for rewards without a discount of their own.
+        kl: the weight of the KL to the model as it was, paid per token.
+        save_every: steps between checkpoints; the last step always has one.
+        out: the run folder; new, or empty, or with ``resume`` one that was begun before.
+
+    Returns:
+        The run: ``run.path``, ``run.metrics`` (one dict a step), ``run.policy``.
+
+    Raises:
+        UserError: bad settings, prompts, model or folder; RewardError: a reward that failed.
+    """
+    if config is None:
+        if prompts is None or rewards is None:
+            raise UserError("train: give prompts=[...] and rewards=[...], or a Config")
+        choice = {"name": algorithm} if isinstance(algorithm, str) else dict(algorithm)
+        config = Config.build(
+            {
+                "model": {"name": str(model), "dtype": dtype},
+                "data": {"path": prompts} if isinstance(prompts, str | Path) else {"prompts": list(prompts)},
+                "algorithm": {"discount": discount, "kl": kl, **choice},
+                "sampling": {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens},
+                "train": {
+                    "steps": steps,
+                    "prompts_per_step": prompts_per_step,
+                    "group_size": group_size,
+                    "learning_rate": learning_rate,
+                    "save_every": save_every,
+                },
+                "seed": seed,
+                "out": str(out),
+            },
+            where="train",
+        )
+    job = prepare(config, rewards, resume)
+    with Screen(config.train.steps) as screen, interruptible(job, screen):
+        return learn(job, screen)
+
+
+def prepare(config: Config, rewards: Sequence[Any] | None = None, resume: bool = False) -> Job:
+    """Loads and checks everything a run needs, before anything is written or trained.
+
+    Args:
+        rewards: functions in place of the config's.
+        resume: go on from the run folder's newest checkpoint.
+    """
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    _seed_everything(config.seed)
+    named = as_rewards(rewards) if rewards is not None else assemble.build_rewards(config.rewards)
+    if not any(one.train for one in named):
+        raise UserError("rewards: there is none to learn from; give at least one reward function")
+    algorithm = algorithms.build(config.algorithm, named, config.sampling.max_new_tokens)
+    rows = assemble.load_prompt_rows(config.data)
+    policy = _load_policy(config)
+    limit = min(policy.context, config.model.max_context or policy.context) - config.sampling.max_new_tokens
+    ready = data.to_prompts(rows, policy.tokenizer, column=config.data.column, max_tokens=limit)
+    run = Run.create(config.out, config, resume=resume)
+    run.policy = policy
+    updates = config.train.steps * config.algorithm.epochs * config.algorithm.minibatches
+    policy.prepare(
+        Optimization(
+            learning_rate=config.train.learning_rate,
+            steps=updates,
+            schedule=config.train.schedule,
+            warmup=config.train.warmup,
+            weight_decay=config.train.weight_decay,
+            max_grad_norm=config.train.max_grad_norm,
+        ),
+        reference=config.algorithm.kl > 0,
+    )
+    job = Job(config, run, policy, named, data.Prompts(ready, config.train.prompts_per_step, config.seed), algorithm)
+    checkpoint = run.latest_checkpoint() if resume else None
+    if checkpoint is not None:
+        _load(job, checkpoint)
+    return job
+
+
+def load_run_policy(path: str | Path) -> tuple[CausalPolicy, Config]:
+    """The policy of a run folder, from its newest checkpoint, and the run's config.
+
+    Raises:
+        UserError: where there is no run or it has no checkpoint yet.
+    """
+    run = Run.open(path)
+    checkpoint = run.latest_checkpoint()
+    if checkpoint is None:
+        raise UserError(f"{path} has no checkpoint yet; let it train to its first one (train.save_every) or its end")
+    policy = _load_policy(run.config)
+    policy.load_weights(checkpoint)
+    return policy, run.config
+
+
+def _load_policy(config: Config) -> CausalPolicy:
+    lora = config.model.lora.model_dump() if config.model.lora else None
+    return load_policy(config.model.name, config.model.dtype, lora=lora)
+
+
+@contextmanager
+def interruptible(job: Job, screen: Screen) -> Iterator[None]:
+    """Ctrl-C finishes the step in hand, saves and says how to go on; a second one stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may catch signals
+        return
+
+    def catch(number: int, frame: Any) -> None:
+        if job.interrupted:
+            raise KeyboardInterrupt
+        job.interrupted = True
+        screen.note("Ctrl-C: this step is finished and saved first; press it again to stop at once")
+
+    before = signal.signal(signal.SIGINT, catch)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if job.interrupted:
+        screen.note(f"stopped after step {job.run.step}; go on with: instant-reward train --resume {job.run.path}")
+
+
+def sampling_settings(config: Config) -> Settings:
+    """How a config's texts are drawn."""
+    sampling = config.sampling.model_dump()
+    return Settings(**{**sampling, "stop": tuple(sampling["stop"])})
+
+
+def _target_reached(job: Job, row: Mapping[str, float]) -> bool:
+    target = job.config.train.stop_when
+    if target is None:
+        return False
+    if target.metric not in row:
+        known = ", ".join(sorted(row))
+        raise UserError(f"train.stop_when.metric: there is no metric {target.metric!r}; use one of {known}")
+    job.above = job.above + 1 if row[target.metric] > target.above else 0
+    return job.above >= target.for_steps
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _save(job: Job, folder: Path) -> None:
+    """What the loop needs to go on bit for bit: weights, optimizer, schedule, random states, counters."""
+    job.policy.save_state(folder)
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    state = {
+        "above": job.above,
+        "python": random.getstate(),
+        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
+        "torch": torch.get_rng_state().tolist(),
+    }
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def _load(job: Job, folder: Path) -> None:
+    job.policy.load_state(folder)
+    state = json.loads((folder / "state.json").read_text())
+    job.above = state["above"]
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+
+
+make_callable(__name__, train)

@@ -1,0 +1,165 @@
+"""The words of the library (torch-free): what a prompt, a mark, a view, a rollout and an output of a policy are.
+
+Index ``t`` always means token ``t`` of one flat sequence: the prompt, then the sampled tokens, in a row. A mask says
+which tokens the policy sampled. Shapes: ``B`` rows, ``L`` tokens, ``K`` reward sources, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Message = dict[str, str]
+Every = str | int | Callable[[str], "bool | int | None"]
+StopReason = Literal["ended", "length", "stopped"]
+
+
+class UserError(Exception):
+    """Something the user can mend: one sentence that says what is wrong, where, and what to do."""
+
+
+class RewardError(UserError):
+    """A reward that failed; the sentence names the reward, the prompt and the step."""
+
+
+class RunError(UserError):
+    """The run itself failed, though nothing was wrong with what the user gave it (the command ends with 1, not 2)."""
+
+    exit_code: ClassVar[int] = 1
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a text begins with. ``text`` is what the model reads (messages are rendered by the chat template)."""
+
+    id: str
+    text: str
+    token_ids: list[int]
+    messages: list[Message] | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """One reward: ``value`` for the tokens ``[start, end)`` of the flat sequence, given by ``source``.
+
+    ``seen`` counts every token of the flat sequence that was read to fix the value, the one that showed that the piece
+    had ended included: the mark may depend on the tokens ``[0, seen)`` and on no later one.
+    """
+
+    value: float
+    start: int
+    end: int
+    source: str
+    seen: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A value for the characters ``[start, end)`` of a view's text."""
+
+    value: float
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Rates the newest piece with ``value`` and ends the text there."""
+
+    value: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The text so far, as a reward function sees it: it ends with the newest piece and cannot show the future.
+
+    Attributes:
+        text: the sampled characters so far, the newest piece included.
+        piece: the newest piece (the last characters of ``text``).
+        prompt: what the text continues.
+        info: the data set's other columns.
+        done: whether the text has ended with this piece.
+        tokens: how many tokens the piece has (a list of values must have this many).
+    """
+
+    text: str
+    piece: str
+    prompt: Prompt
+    info: Mapping[str, Any]
+    done: bool
+    tokens: int = 1
+
+    def span(self, value: float, start: int, end: int) -> Span:
+        """A value for the characters ``[start, end)`` of ``text``."""
+        return Span(value, start, end)
+
+
+@dataclass
+class Rollout:
+    """One prompt with one sampled text: lists of length ``L`` over the flat sequence.
+
+    Attributes:
+        group: siblings (texts of one prompt, sampled together) share it.
+        mask: True where the policy sampled the token.
+        logprobs: the sampler's log-probabilities under the distribution it drew from; 0 where the mask is off.
+        char_ends: how many characters of ``text`` are there after each token (0 over the prompt).
+        text: the characters of the sampled tokens.
+        versions: the policy version that sampled each token (-1 where the mask is off).
+        stop: "ended" by the end token or a stop string, "length" when cut off, "stopped" by a reward.
+        forbidden_end: for how many sampled tokens the end token was forbidden (``min_new_tokens``).
+    """
+
+    id: str
+    group: int
+    prompt: Prompt
+    token_ids: list[int]
+    mask: list[bool]
+    logprobs: list[float]
+    char_ends: list[int]
+    text: str
+    marks: list[Mark]
+    versions: list[int]
+    stop: StopReason
+    temperature: float = 1.0
+    forbidden_end: int = 0
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def start(self) -> int:
+        """The index of the first sampled token."""
+        return len(self.prompt.token_ids)
+
+    def total(self, source: str | None = None) -> float:
+        """The sum of the marks' values, of one source or of all."""
+        return sum(mark.value for mark in self.marks if source is None or mark.source == source)
+
+
+@dataclass
+class PolicyOutput:
+    """``logprobs`` ``[B, L]`` with gradient (0 where the mask is off), and ``entropy`` ``[B, L]`` in nats, detached."""
+
+    logprobs: Tensor
+    entropy: Tensor | None = None
+
+
+@dataclass
+class LossOutput:
+    """A scalar ``loss`` with gradient, and ``metrics`` as plain numbers that add up over the parts of a batch."""
+
+    loss: Tensor
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Tokenizer(Protocol):
+    """What the library asks of a tokenizer; transformers' tokenizers have it."""
+
+    all_special_ids: list[int]
+
+    def decode(self, token_ids: Sequence[int], **options: Any) -> str: ...
+
+    def __len__(self) -> int: ...

@@ -1,0 +1,240 @@
+"""Marks survive any tokenizer, and live scoring is what a replay finds: over random rewards, tokens and chunks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import instant_reward as ir
+from exact.world import same
+from instant_reward import credit
+from instant_reward.batch import collate
+from instant_reward.credit import Source
+from instant_reward.text import TextDecoder
+from instant_reward.types import Mark, Prompt, Rollout
+
+torch.set_num_threads(1)
+END, PAD = "<end>", "<pad>"
+# Words, bytes of characters of two, three and four bytes (whole and in parts), blanks, stops, scripts without spaces.
+TOKENS = [
+    "a", "b", " the", " movie", ".", "\n", " ", "  ", "!", b"\xc3", b"\xa9", b"\xe4\xbd", b"\xa0", b"\xf0\x9f", b"\x98",
+    b"\x80", "你", "好", "。", "\u0301", "👍", b"\xff", "ab. C", " a b",
+]  # fmt: skip
+PROMPTS = [Prompt("p0", "Hi", [1]), Prompt("p1", "Hello you", [0, 3, 4], info={"wanted": 2.0})]
+
+
+@cache
+def tokenizer() -> Any:
+    """Byte-level, as GPT-2's: some tokens hold parts of characters, some several words, two show nothing."""
+    alphabet = {byte: char for char, byte in _byte_of_character().items()}
+    names = ["".join(alphabet[b] for b in (t if isinstance(t, bytes) else t.encode())) for t in TOKENS]
+    names += [char for char in alphabet.values() if char not in names]
+    backend = Backend(models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([END, PAD])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=PAD)
+
+
+def _byte_of_character() -> dict[str, int]:
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+def decoder() -> TextDecoder:
+    return TextDecoder(tokenizer())
+
+
+def every_third(characters: str) -> int | None:
+    return 3 if len(characters) > 3 else None
+
+
+EVERY: list[Any] = ["token", "word", "sentence", "line", "end", 2, 3, every_third]
+
+
+class Rule:
+    """A random but fixed function of the view: what it hands back depends on all that it may look at."""
+
+    def __init__(self, seed: int, kinds: Sequence[str]) -> None:
+        self.seed, self.kinds = seed, list(kinds)
+
+    def __call__(self, view: ir.View) -> Any:
+        return self.answer(view, 0)
+
+    def answer(self, view: ir.View, memory: int) -> Any:
+        seen = (self.seed, view.text, view.piece, view.done, view.prompt.id, dict(view.info), view.tokens, memory)
+        dice = random.Random(repr(seen))
+        kind = dice.choice(self.kinds)
+        if kind == "list":
+            return [dice.uniform(-1, 1) for _ in range(view.tokens)]
+        if kind == "spans" and view.text:
+            spans = []
+            for _ in range(dice.randint(1, 3)):
+                start = dice.randrange(len(view.text))
+                spans.append(view.span(dice.uniform(-1, 1), start, dice.randint(start + 1, len(view.text))))
+            return spans if len(spans) > 1 else spans[0]
+        if kind == "stop" and dice.random() < 0.3:
+            return ir.stop(dice.choice([None, dice.uniform(-1, 1)]))
+        return None if kind == "none" else dice.uniform(-1, 1)
+
+
+class Stateful:
+    """The same with a memory of how often it was asked."""
+
+    def __init__(self, rule: Rule, batched: bool) -> None:
+        self.rule, self.batched = rule, batched
+
+    def start(self, prompt: Prompt) -> list[int]:
+        return [len(prompt.text)]
+
+    def extend(self, state: Any, view: Any) -> Any:
+        if self.batched:
+            return [self._one(*pair) for pair in zip(state, view, strict=True)]
+        return self._one(state, view)
+
+    def _one(self, state: list[int], view: ir.View) -> Any:
+        state[0] += 1
+        return self.rule.answer(view, state[0])
+
+
+@st.composite
+def rewards(draw: Any) -> list[ir.Reward]:
+    """One to three rewards of any kind."""
+    made = []
+    for number in range(draw(st.integers(1, 3))):
+        kinds = draw(st.lists(st.sampled_from(["float", "list", "spans", "none", "stop"]), min_size=1, max_size=3))
+        rule, batched = Rule(draw(st.integers(0, 99)), kinds), draw(st.booleans())
+        function: Any = rule
+        if draw(st.booleans()):
+            function = Stateful(rule, batched)
+        elif batched:
+            function = lambda views, rule=rule: [rule(view) for view in views]  # noqa: E731
+        made.append(ir.reward(every=draw(st.sampled_from(EVERY)), batched=batched, name=f"r{number}")(function))
+    return made
+
+
+ids = st.lists(st.integers(0, len(TOKENS) + 4), min_size=1, max_size=14)
+
+
+@st.composite
+def texts(draw: Any) -> list[int]:
+    """Tokens, sometimes with ones that show nothing among them and the end token behind."""
+    found = list(draw(ids))
+    if draw(st.booleans()):
+        found[draw(st.integers(0, len(found) - 1))] = tokenizer().convert_tokens_to_ids(PAD)
+    return [*found, tokenizer().eos_token_id] if draw(st.booleans()) else found
+
+
+def watch_live(rewards: Sequence[Any], texts: Sequence[list[int]], chunk: int = 1, prompt: int = 0) -> list[Rollout]:
+    """Texts scored side by side as an engine does it: fed in chunks, each cut where a reward stops it.
+
+    Prompts take turns, beginning with ``prompt``.
+    """
+    prompts = [PROMPTS[(prompt + row) % 2] for row in range(len(texts))]
+    watch = ir.Watch(rewards, decoder())
+    stopped: dict[int, int] = {}
+    for row in range(len(texts)):
+        watch.open(row, prompts[row])
+    for at in range(0, max(map(len, texts)), chunk):
+        rows = [row for row, text in enumerate(texts) if at < len(text) and row not in stopped]
+        items = [(row, texts[row][at : at + chunk], at + chunk >= len(texts[row])) for row in rows]
+        for row, (_, stop) in zip(rows, watch.feed_many(items), strict=True):
+            if stop is not None:
+                stopped[row] = stop
+    return [_rollout(prompts[row], text, *watch.close(row), row in stopped) for row, text in enumerate(texts)]
+
+
+def _rollout(prompt: Prompt, text: list[int], chars: str, ends: list[int], marks: list[Mark], stop: bool) -> Rollout:
+    first, kept = len(prompt.token_ids), len(ends) - len(prompt.token_ids)
+    ended = text[-1] == tokenizer().eos_token_id
+    early = stop and kept < len(text)
+    return Rollout(
+        id=f"{prompt.id}/0",
+        group=0,
+        prompt=prompt,
+        token_ids=[*prompt.token_ids, *text[:kept]],
+        mask=[False] * first + [True] * kept,
+        logprobs=[0.0] * len(ends),
+        char_ends=ends,
+        text=chars,
+        marks=marks,
+        versions=[0] * len(ends),
+        stop="stopped" if early else "ended" if ended else "length",
+        info=prompt.info,
+    )
+
+
+@settings(max_examples=60)
+@given(rewards(), st.lists(texts(), min_size=1, max_size=3), st.integers(2, 5))
+def test_live_is_replay(rewards: list[ir.Reward], texts: list[list[int]], chunk: int) -> None:
+    """Marks made while a text is written equal those of a replay, however it was fed and whatever was beside it."""
+    live = watch_live(rewards, texts)
+    for number, rollout in enumerate(live):
+        assert ir.replay(rewards, rollout) == rollout.marks
+        for one in rewards:  # each on its own, though another one may have stopped the text
+            assert ir.replay([one], rollout) == [mark for mark in rollout.marks if mark.source == one.name]
+        alone = watch_live(rewards, [texts[number]], prompt=number)[0]
+        assert alone.marks == rollout.marks
+    assert [rollout.marks for rollout in watch_live(rewards, texts, chunk)] == [rollout.marks for rollout in live]
+
+
+@settings(max_examples=50)
+@given(rewards(), texts())
+def test_live_is_replay_at_every_prefix(rewards: list[ir.Reward], text: list[int]) -> None:
+    """After each token, the marks so far are those the whole text will have with that much seen: none looks ahead.
+
+    marks(x_<=t, still written) = { m in marks(x) : m.seen <= t };  marks(x_<=t, cut off at t) = its replay
+    """
+    whole = watch_live(rewards, [text])[0]
+    watch, first = ir.Watch(rewards, decoder()), len(PROMPTS[0].token_ids)
+    watch.open(0, PROMPTS[0])
+    found: list[Mark] = []
+    for count in range(1, len(whole.token_ids) - first + 1):
+        found += watch.feed(0, [text[count - 1]], done=count == len(text))[0]
+        assert found == [mark for mark in whole.marks if mark.seen <= first + count]
+        assert all(first <= mark.start < mark.end <= mark.seen for mark in found)
+        cut = watch_live(rewards, [text[:count]])[0]
+        assert ir.replay(rewards, cut) == cut.marks
+    assert found == whole.marks
+
+
+@settings(max_examples=50)
+@given(rewards(), st.lists(texts(), min_size=1, max_size=3), st.sampled_from(["seen", "span"]))
+def test_totals_survive_the_way_to_the_tokens(rewards: list[ir.Reward], texts: list[list[int]], at: Any) -> None:
+    """Placed on tokens, each source still sums to its marks: over bytes of characters, merged and zero-width tokens."""
+    live = watch_live(rewards, texts)
+    sources = [Source(one.name, at=at) for one in rewards]
+    batch = collate(live, sources, dtype=torch.float64)
+    placed = credit.place(batch.marks, sources, batch.mask)
+    wanted = torch.tensor([[rollout.total(one.name) for one in rewards] for rollout in live], dtype=torch.float64)
+    assert same(placed.sum(2), wanted)
+    assert not placed.transpose(1, 2)[~batch.mask].any()
+
+
+@settings(max_examples=50)
+@given(texts(), st.sampled_from(EVERY))
+def test_pieces_are_the_whole_text(text: list[int], every: Any) -> None:
+    """Every character is in one piece, every token in one or more, and changes sum to the final score."""
+    length = ir.reward(every=every, name="length")(lambda view: float(len(view.piece)))
+    change = ir.change(lambda characters: float(len(characters)) ** 1.5, every=every, name="change")
+    each = ir.reward(every=every, name="each")(lambda view: [1.0] * view.tokens)
+    rollout = watch_live([length, change, each], [text])[0]
+    assert rollout.total("length") == len(rollout.text)
+    assert rollout.total("change") == pytest.approx(len(rollout.text) ** 1.5)
+    assert rollout.text == tokenizer().decode(text, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    counted = [mark.start for mark in rollout.marks if mark.source == "each"]
+    if every in ("token", "end", 2, 3):
+        assert sorted(counted) == list(range(rollout.start, len(rollout.token_ids)))
+    elif every in ("word", "sentence") and rollout.text:  # a token may hold the end of one piece and the next
+        assert set(counted) == set(range(rollout.start, len(rollout.token_ids)))
