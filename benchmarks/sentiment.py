@@ -89,8 +89,10 @@ def main() -> None:
     for arm, seeds in result.items():
         for seed, one in seeds.items():
             goals = one["goals"]  # type: ignore[index]
-            print(f"{arm:18} seed {seed}: {one['share_of_the_way_to_1']:.2f} of the way; missed: "  # type: ignore[index]
-                  f"{[goal for goal, held in goals.items() if not held] or 'nothing'}")
+            print(
+                f"{arm:18} seed {seed}: {one['share_of_the_way_to_1']:.2f} of the way; missed: "  # type: ignore[index]
+                f"{[goal for goal, held in goals.items() if not held] or 'nothing'}"
+            )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/step.py                       (needs the extra "bench", or --peer-python with trl in it)
     python benchmarks/step.py --rounds 3 --steps 4
 
-Each side runs in a process of its own, in turns (ours, TRL, ours, TRL, ...), so that a noisy machine is noisy to both. A
-process takes one step to warm up and then `--steps` timed ones. What counts is the ratio of the medians. TRL runs as it
+Each side runs in a process of its own, in turns (ours, TRL, ours, TRL, ...): a noisy machine is noisy to both. A process
+takes one step to warm up and then `--steps` timed ones. What counts is the ratio of the medians. TRL runs as it
 comes ("default") and with gradient checkpointing switched off ("fastest", which is what the ratio is taken against).
 """
 
@@ -126,7 +126,11 @@ def start(side: str, options: argparse.Namespace) -> list[float]:
     sizes = ["--prompts", str(options.prompts), "--group", str(options.group), "--tokens", str(options.tokens)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [python, __file__, "--side", side, *shared, *sizes], env=environment, capture_output=True, text=True, check=False
+        [python, __file__, "--side", side, *shared, *sizes],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         sys.exit(f"the side {side} failed:\n{done.stderr[-2000:]}")
@@ -183,8 +187,10 @@ def main() -> None:
     }
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"ours is {result['ratio_to_trl_fastest']:.2f} times as fast as TRL at its fastest here, "
-          f"{result['ratio_to_trl_default']:.2f} times as fast as TRL as it comes; written to {RESULT}")
+    print(
+        f"ours is {result['ratio_to_trl_fastest']:.2f} times as fast as TRL at its fastest here, "
+        f"{result['ratio_to_trl_default']:.2f} times as fast as TRL as it comes; written to {RESULT}"
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 CONTEXT = 128
 END, PAD, STEP = "<end>", "<pad>", "<step>"
-WORDS = " the movie was good bad fine slow long and but not a of it!".split(" ")
+WORDS = ["", "the", "movie", "was", "good", "bad", "fine", "slow", "long", "and", "but", "not", "a", "of", "it!"]
 CHAT = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -104,7 +104,7 @@ def _readable(model: Any) -> Any:
     alphabet = {character for character in pre_tokenizers.ByteLevel.alphabet() if ord(character) > 126} - {"Ġ", "Ċ"}
     unreadable = tokenizer.convert_tokens_to_ids(sorted(alphabet))
     with torch.no_grad():
-        weight[unreadable] = 0.0
+        weight[unreadable] *= 0.1  # not 0: no two tokens may be equally likely
         weight[tokenizer.eos_token_id] *= 1.4
     return model.eval()
 

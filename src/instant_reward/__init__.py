@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from instant_reward.rewards.watch import Watch as Watch
     from instant_reward.rewards.watch import replay as replay
     from instant_reward.run import Run as Run
-    from instant_reward.run import RunError as RunError
     from instant_reward.train import train as train
     from instant_reward.types import LossOutput as LossOutput
     from instant_reward.types import Mark as Mark
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from instant_reward.types import Prompt as Prompt
     from instant_reward.types import RewardError as RewardError
     from instant_reward.types import Rollout as Rollout
+    from instant_reward.types import RunError as RunError
     from instant_reward.types import Span as Span
     from instant_reward.types import Stop as Stop
     from instant_reward.types import UserError as UserError
@@ -52,7 +52,7 @@ _PUBLIC = {
     "RewardError": "types:RewardError",
     "Rollout": "types:Rollout",
     "Run": "run:Run",
-    "RunError": "run:RunError",
+    "RunError": "types:RunError",
     "Span": "types:Span",
     "Stop": "types:Stop",
     "UserError": "types:UserError",

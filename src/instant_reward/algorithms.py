@@ -161,9 +161,7 @@ def _baseline(returns: Tensor, batch: Batch, preset: Preset) -> Tensor:
     return torch.where(batch.mask, returns + (others - returns) * (size - 1) / size, 0.0)
 
 
-def _scaled(
-    advantages: Tensor, rewards: Tensor, sources: Sequence[Source], batch: Batch, preset: Preset
-) -> Tensor:
+def _scaled(advantages: Tensor, rewards: Tensor, sources: Sequence[Source], batch: Batch, preset: Preset) -> Tensor:
     if preset.scale == "none":
         return advantages
     if preset.scale == "batch":

@@ -55,7 +55,9 @@ def load_prompt_rows(config: DataConfig) -> list[dict[str, Any]]:
         try:
             rows = list(function(**config.args))
         except TypeError as error:
-            raise UserError(f"data.use: {config.use} does not take args {config.args}: {error}; correct them") from error
+            raise UserError(
+                f"data.use: {config.use} does not take args {config.args}: {error}; correct them"
+            ) from error
         return rows[: config.limit]
     source: Any = config.path if config.path is not None else config.prompts
     return data.load_rows(source, column=config.column, limit=config.limit)

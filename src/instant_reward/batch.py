@@ -145,5 +145,7 @@ def _marks(rollouts: Sequence[Rollout], sources: Sequence[Source], dtype: torch.
         for mark in rollout.marks
         if mark.source in index
     ]
-    whole = [torch.tensor([entry[column] for entry in table], dtype=torch.long) for column in range(5)]
-    return Marks(*whole, value=torch.tensor([entry[5] for entry in table], dtype=dtype))
+    row, source, start, end, seen = (
+        torch.tensor([entry[column] for entry in table], dtype=torch.long) for column in range(5)
+    )
+    return Marks(row, source, start, end, seen, torch.tensor([entry[5] for entry in table], dtype=dtype))

@@ -127,7 +127,7 @@ def leave_one_out(returns: Tensor, mask: Tensor, group: Tensor) -> Tensor:
 
 def group_deviation(totals: Tensor, group: Tensor) -> Tensor:
     """The sample deviation (n - 1) of ``totals [B]`` within each group, ``[B]``; 0 for a group of one."""
-    assert totals.dim() == 1 and totals.shape == group.shape, "totals and group must both be [B]"
+    assert totals.shape == group.shape == totals.shape[:1], "totals and group must both be [B]"
     _, member = torch.unique(group, return_inverse=True)
     groups = int(member.max()) + 1 if member.numel() else 0
     sizes = torch.bincount(member, minlength=groups).to(totals.dtype)
@@ -229,6 +229,5 @@ def _last_sampled(on: Tensor) -> Tensor:
 
 
 def _same_shape(values: Tensor, mask: Tensor) -> None:
-    assert values.dim() == 2 and values.shape == mask.shape, (
-        f"values {tuple(values.shape)} and mask {tuple(mask.shape)} must both be [B, L]"
-    )
+    shapes = f"values {tuple(values.shape)} and mask {tuple(mask.shape)} must both be [B, L]"
+    assert values.shape == mask.shape == values.shape[:2], shapes

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 Normalise = Literal["text", "tokens", "constant"]
 
 
-def policy_gradient(
-    logprobs: Tensor, batch: Batch, normalise: Normalise = "text", constant: float = 1.0
-) -> LossOutput:
+def policy_gradient(logprobs: Tensor, batch: Batch, normalise: Normalise = "text", constant: float = 1.0) -> LossOutput:
     """REINFORCE, Williams (1992): ``-sum over tokens of A[t] * log p(x_t | x_<t)``.
 
     Args:

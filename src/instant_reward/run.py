@@ -23,7 +23,6 @@ from typing import Any
 
 from instant_reward import __version__
 from instant_reward.config import Config
-from instant_reward.run_files import RunError as RunError
 from instant_reward.run_files import (
     append_lines,
     plain,
@@ -74,7 +73,7 @@ class Run:
         path = Path(path)
         begun = _begun(path)
         if begun and not resume:
-            raise UserError(f"{path} already holds a run; go on with it by --resume, or name another folder by --out.")
+            raise UserError(f"{path} already holds a run; go on by --resume {path}, or name another folder by --out.")
         run = cls(path, config, writes=True)
         with reporting("the run's config", path):
             if begun:

@@ -10,18 +10,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from instant_reward.types import UserError
+from instant_reward.types import RunError
 
 PARTIAL = ".partial"  # the end of the hidden names of what is still being written
 SMALLEST_ROOM = 1 << 20  # bytes; a writer that fails with less left has run out of room, whatever it calls that
-
-
-class RunError(UserError):
-    """The run itself failed, though nothing was wrong with what the user gave it (the command ends with 1, not 2)."""
-
-    exit_code: ClassVar[int] = 1
 
 
 @contextlib.contextmanager
@@ -38,7 +32,7 @@ def reporting(what: str, folder: Path) -> Iterator[None]:
             raise
         raise RunError(
             f"{what} could not be written to {folder} ({reason}); what was saved before is unharmed: "
-            f"{act}, then go on with --resume."
+            f"{act}, then go on with --resume {folder}."
         ) from error
 
 

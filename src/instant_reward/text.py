@@ -199,12 +199,10 @@ def _common(one: str, other: str) -> int:
 class _WindowStream:
     """Decodes the last tokens anew for each token, with some before them: those only lend their context."""
 
-    __slots__ = ("_all", "_before", "_parts", "_shared", "_shown", "_window")
+    __slots__ = ("_before", "_shared", "_shown", "_window")
 
     def __init__(self, shared: _Windows) -> None:
         self._shared = shared
-        self._all: list[int] = []
-        self._parts: list[str] = []
         self._window: list[int] = []
         self._before = ""  # the window's text at the last token
         self._shown = 0  # how many of its characters were handed out
@@ -212,7 +210,6 @@ class _WindowStream:
     def push(self, token_id: int) -> str:
         if token_id in self._shared.special:
             return ""
-        self._all.append(token_id)
         self._window.append(token_id)
         if self._shared.holds(token_id):
             return ""
@@ -223,22 +220,16 @@ class _WindowStream:
         new = now[self._shown : stable]
         self._before = now
         self._shown = max(self._shown, stable)
-        if new:
-            self._parts.append(new)
         if len(self._window) > _WINDOW:
             self._trim()
         return new
 
     def flush(self) -> str:
-        whole, shown = self._shared.decode(self._all), "".join(self._parts)
-        rest = whole[len(shown) :] if whole.startswith(shown) else self._shared.decode(self._window)[self._shown :]
-        self._parts.append(rest)
-        return rest
+        return self._shared.decode(self._window)[self._shown :]
 
     def copy(self) -> _WindowStream:
         twin = _WindowStream(self._shared)
-        twin._all, twin._parts, twin._window = self._all[:], self._parts[:], self._window[:]
-        twin._before, twin._shown = self._before, self._shown
+        twin._window, twin._before, twin._shown = self._window[:], self._before, self._shown
         return twin
 
     def _trim(self) -> None:

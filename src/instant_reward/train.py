@@ -1,4 +1,4 @@
-"""The loop: prompts, sampled and scored texts, credit, loss, step. One screen of it is ``learn``; the rest is set-up."""
+"""The loop: prompts, sampled and scored texts, credit, loss, step. It is ``learn``; the rest is set-up."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from instant_reward.run import Run
 from instant_reward.sampling.draw import Settings
 from instant_reward.sampling.engine import Engine, in_order
 from instant_reward.screen import Screen
-from instant_reward.types import UserError
+from instant_reward.types import Prompt, UserError
 
 Extra = Callable[[CausalPolicy, int], Mapping[str, float]]
 
@@ -46,7 +46,7 @@ class Job:
     run: Run
     policy: CausalPolicy
     rewards: list[Reward]
-    prompts: data.Prompts
+    prompts: data.Prompts[Prompt]
     algorithm: algorithms.Algorithm
     above: int = 0
     interrupted: bool = field(default=False, repr=False)

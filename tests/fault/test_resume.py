@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+
 from tiny import tiny_folder
 
 STEPS = 12
@@ -64,7 +65,9 @@ def finish(process: subprocess.Popen[str]) -> None:
 def what_counts(run: Path) -> tuple[list[dict[str, object]], list[dict[str, object]], dict[str, object]]:
     """Metrics without what the clock says, samples, and the last checkpoint's weights."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    plain = [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in metrics]
+    plain = [
+        {k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in metrics
+    ]
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     weights = load_file(run / "checkpoints" / f"step-{STEPS:06d}" / "policy" / "model.safetensors")
     return plain, samples, {name: tensor.tolist() for name, tensor in weights.items()}

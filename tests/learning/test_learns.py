@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import tiny_folder
 
 import instant_reward as ir
+from tiny import tiny_folder
 
 
 @ir.reward(every="token")

@@ -10,13 +10,13 @@ from zlib import crc32
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import END, STEP, shared_tokenizer, tiny_gpt2, tiny_policy
 
 import instant_reward as ir
 from instant_reward.rewards.base import as_reward
 from instant_reward.rewards.watch import Watch
 from instant_reward.text import TextDecoder
 from instant_reward.types import Mark, Prompt, Rollout, StopReason
+from tiny import END, STEP, shared_tokenizer, tiny_gpt2, tiny_policy
 
 PROMPT = Prompt("p", "So:", [1, 2], info={"salt": 3})
 FIRST = len(PROMPT.token_ids)
@@ -119,7 +119,9 @@ class State:
 def token_lists() -> st.SearchStrategy[list[int]]:
     tokenizer = shared_tokenizer()
     readable = st.lists(
-        st.sampled_from([" good", " movie", ". ", "\n\n", " ", "o", "你", "。", "é", "👍🏽", "e\u0301", "\n", "No", STEP]),
+        st.sampled_from(
+            [" good", " movie", ". ", "\n\n", " ", "o", "你", "。", "é", "👍🏽", "e\u0301", "\n", "No", STEP]
+        ),
         max_size=20,
     ).map(lambda parts: list(tokenizer("".join(parts))["input_ids"]))
     # Any ids at all: they split characters, and make bytes that are none.
@@ -170,7 +172,9 @@ class Writing:
     stopped: int | None = None
 
 
-def write(rewards: Sequence[Any], texts: Sequence[tuple[list[int], StopReason]], chunk: Callable[[], int]) -> list[Rollout]:
+def write(
+    rewards: Sequence[Any], texts: Sequence[tuple[list[int], StopReason]], chunk: Callable[[], int]
+) -> list[Rollout]:
     """Feeds texts side by side, in chunks, and goes on feeding a stopped one, as an engine does that decodes ahead."""
     watch = Watch(rewards, DECODER)
     rows = [Writing(list(ids), reason) for ids, reason in texts]
@@ -185,7 +189,9 @@ def write(rewards: Sequence[Any], texts: Sequence[tuple[list[int], StopReason]],
                 fed.append((number, row.ids[row.fed - size : row.fed], row.fed == len(row.ids)))
         for (number, _, _), (marks, stopped) in zip(fed, watch.feed_many(fed), strict=True):
             row = rows[number]
-            assert all(mark.seen <= FIRST + row.fed for mark in marks), "a mark has seen tokens that were not written yet"
+            assert all(mark.seen <= FIRST + row.fed for mark in marks), (
+                "a mark has seen tokens that were not written yet"
+            )
             row.stopped = row.stopped or stopped
     finished = []
     for number, row in enumerate(rows):
@@ -200,9 +206,7 @@ ENDINGS = st.sampled_from(["ended", "length"])
 
 @given(chosen=specs(), texts=st.lists(st.tuples(token_lists(), ENDINGS), min_size=1, max_size=3), data=st.data())
 @settings(max_examples=150)
-def test_live_equals_replay(
-    chosen: list[Spec], texts: list[tuple[list[int], StopReason]], data: st.DataObject
-) -> None:
+def test_live_equals_replay(chosen: list[Spec], texts: list[tuple[list[int], StopReason]], data: st.DataObject) -> None:
     end = shared_tokenizer().convert_tokens_to_ids(END)
     texts = [([*ids, end] if reason == "ended" or not ids else ids, reason) for ids, reason in texts]
     rollouts = write(named(chosen), texts, lambda: data.draw(st.integers(0, 4)) or 1)

@@ -1,4 +1,4 @@
-"""The commands on bad input: one sentence, exit code 2 (1 where the run itself failed), nothing already saved is harmed."""
+"""The commands; on bad input: one sentence, exit code 2 (1 where the run itself failed), nothing saved is harmed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_folder
 
 from instant_reward import cli
+from tiny import tiny_folder
 
-REWARDS = '''
+REWARDS = """
 import math
 import instant_reward as ir
 
@@ -28,7 +28,7 @@ def raises(text):
 @ir.reward(every="word")
 def short(view):
     return [0.0] * (view.tokens + 1)
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_train_trains_and_leaves_a_run_with_a_report(write: Any, tmp_path: Path)
         ({"rewards": ["nowhere.py:missing"]}, ["nowhere.py"]),
         ({"model": "no-such-model"}, ["no-such-model", "smollm2-135m"]),
         ({"data": "missing.jsonl"}, ["missing.jsonl"]),
-        ({"data": {"prompts": ["word " * 200]}}, ["context", "prompt"]),
+        ({"data": {"prompts": ["word " * 200]}}, ["prompt 0", "shorten"]),
         ({"train": {"stepz": 2}}, ["train.stepz", "steps"]),
         ({"algorithm": {"kl_as": "loss"}}, ["zero expected gradient", "reward"]),
     ],
@@ -140,7 +140,9 @@ def test_a_full_disk_harms_no_saved_checkpoint(
     assert not list((tmp_path / "run" / "checkpoints").glob("**/half.safetensors"))
 
 
-def test_print_config_prints_what_load_reads_back(write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_config_prints_what_load_reads_back(
+    write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["train", write(), "train.steps=7", "--print-config"]) == 0
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     assert cli.main(["train", "printed.yaml", "--print-config"]) == 0
@@ -164,9 +166,7 @@ def test_score_gives_marks_with_their_characters(
     assert "a warm film" in capsys.readouterr().out
 
 
-def test_sample_shows_texts_and_what_they_earned(
-    write: Any, model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sample_shows_texts_and_what_they_earned(write: Any, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write()
     command = ["sample", str(model), "it was", "-n", "2", "--max-new-tokens", "4", "--reward", "rewards.py:length"]
     assert cli.main(command) == 0

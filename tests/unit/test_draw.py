@@ -21,7 +21,9 @@ GRID = 20_000
 
 
 def some_logits(vocabulary: int = 50, rows: int = 1, scale: float = 2.0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype) * scale
+    return (
+        torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype) * scale
+    )
 
 
 def drawn(logits: Tensor, uniform: Any, forbid: bool = False, **settings: Any) -> tuple[Tensor, Tensor]:
@@ -100,7 +102,9 @@ class TestDistribution:
     def test_only_the_rows_that_forbid_it_leave_the_end_token_out(self) -> None:
         logits = torch.zeros(2, 5, dtype=torch.float64)
         logits[:, END] = 100.0
-        tokens, _ = draw(logits, torch.full((2,), 0.5, dtype=torch.float64), torch.tensor([True, False]), (END,), Settings())
+        tokens, _ = draw(
+            logits, torch.full((2,), 0.5, dtype=torch.float64), torch.tensor([True, False]), (END,), Settings()
+        )
         assert tokens[0] != END
         assert tokens[1] == END
 
@@ -120,7 +124,9 @@ class TestDistribution:
 class TestEdges:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("uniform", [0.0, 2**-60, 0.5, 1 - 2**-24, HIGHEST])
-    @pytest.mark.parametrize("possible", [[0], [49], [10, 30], list(range(1, 49))], ids=["first", "last", "two", "inner"])
+    @pytest.mark.parametrize(
+        "possible", [[0], [49], [10, 30], list(range(1, 49))], ids=["first", "last", "two", "inner"]
+    )
     def test_a_token_without_probability_is_never_drawn(
         self, possible: list[int], uniform: float, dtype: torch.dtype
     ) -> None:

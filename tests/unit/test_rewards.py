@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import END, shared_tokenizer
 
 import instant_reward as ir
 from instant_reward.rewards.base import as_reward, as_rewards
@@ -19,6 +18,7 @@ from instant_reward.rewards.compose import weighted
 from instant_reward.rewards.watch import Watch
 from instant_reward.text import TextDecoder
 from instant_reward.types import Mark, Message, Prompt, RewardError, Span, UserError
+from tiny import END, shared_tokenizer
 
 PROMPT = 2  # tokens
 STEP = 7
@@ -417,7 +417,9 @@ class TestFailures:
         def broken(text: str) -> float:
             raise KeyError("lexicon")
 
-        with pytest.raises(RewardError, match=r"reward 'broken' on prompt p3 .* at step 7 raised KeyError: 'lexicon'") as e:
+        with pytest.raises(
+            RewardError, match=r"reward 'broken' on prompt p3 .* at step 7 raised KeyError: 'lexicon'"
+        ) as e:
             score(" good", broken)
         assert isinstance(e.value.__cause__, KeyError)
 
@@ -483,7 +485,7 @@ class TestRefusedBeforeAnythingRuns:
         def polite(text: str) -> float:  # may be a function that says where pieces end: seen only when it is used
             return 1.0
 
-        with pytest.raises(UserError, match="has no function yet; write @ir.reward"):
+        with pytest.raises(UserError, match=r"has no function yet; write @ir\.reward"):
             as_rewards([polite])
 
     @pytest.mark.parametrize(

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**25  # logits of one chunk: 128 MiB in float32
+KEPT_ELEMENTS = (
+    2**26
+)  # up to here (256 MiB) the backward pass finds the probabilities kept; beyond, it computes them anew
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,15 @@ def token_logprobs(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Keeps nothing of a chunk but its log-normaliser: the backward pass computes the logits once more."""
+    """The gradient by hand. Of many tokens it keeps the log-normalisers only and computes the logits once more."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, no_end: Tensor, softmax: Softmax
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropies, normalisers = [], [], []
+        keep = ctx.needs_input_grad[0] and hidden.shape[0] * weight.shape[0] <= KEPT_ELEMENTS
+        ctx.kept = []
         for rows in _chunks(hidden, weight):
             logits = _logits(hidden[rows], weight, bias, no_end[rows], softmax)
             highest = logits.amax(-1, keepdim=True)
@@ -59,6 +64,8 @@ class _TokenLogprobs(torch.autograd.Function):
                 logits.masked_fill_(logits == -torch.inf, 0.0)
             entropies.append(normaliser - torch.linalg.vecdot(exponentials, logits) / total)
             normalisers.append(normaliser)
+            if keep:
+                ctx.kept.append(exponentials.div_(total[:, None]))
         empty = hidden.new_zeros(0, dtype=_wide(hidden.dtype))
         ctx.save_for_backward(hidden, weight, bias, targets, no_end, torch.cat([*normalisers, empty]))
         ctx.softmax = softmax
@@ -72,11 +79,15 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        for rows in _chunks(hidden, weight):
-            logits = _logits(hidden[rows], weight, bias, no_end[rows], ctx.softmax)
+        for number, rows in enumerate(_chunks(hidden, weight)):
+            if ctx.kept:
+                probabilities = ctx.kept[number]
+            else:
+                logits = _logits(hidden[rows], weight, bias, no_end[rows], ctx.softmax)
+                probabilities = logits.sub_(normaliser[rows, None]).exp_()
             # d logp / d logits = one-hot(target) - softmax
             upstream = gradient[rows, None] / ctx.softmax.temperature
-            slope = logits.sub_(normaliser[rows, None]).exp_().mul_(-upstream)
+            slope = probabilities * -upstream
             slope = slope.scatter_add_(1, targets[rows, None], upstream).to(hidden.dtype)
             grad_hidden[rows] = (slope @ weight.to(slope.dtype)).to(hidden.dtype)
             if grad_weight is not None:
