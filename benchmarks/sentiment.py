@@ -3,8 +3,8 @@
     python benchmarks/sentiment.py                        (three seeds, two arms, one after the other)
     python benchmarks/sentiment.py --jobs 2 --threads 1   (two runs side by side, a core each)
 
-Writes `benchmarks/results/sentiment.json` (every figure of every run, and which goals it reaches) and
-`benchmarks/results/sentiment.png` (the training reward of both arms over the steps).
+Writes to `benchmarks/results/`: `sentiment.json` (every figure of every run, and which goals it reaches),
+`sentiment.md` (the same as a table) and `sentiment.png` (the training reward by step).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "recipes" / "sentiment.yaml"
@@ -40,7 +41,7 @@ def run(arm: str, seed: int, folder: Path, options: argparse.Namespace) -> Path:
     return out
 
 
-def figures(out: Path) -> dict[str, object]:
+def figures(out: Path) -> dict[str, Any]:
     """What a run brought, and whether it reaches the goals set for it."""
     before = json.loads((out / "held_out" / "before.json").read_text())["figures"]
     after = json.loads((out / "held_out" / "after.json").read_text())["figures"]
@@ -76,7 +77,7 @@ def main() -> None:
     wanted = [(arm, seed) for seed in range(options.seeds) for arm in ARMS]
     with ThreadPoolExecutor(options.jobs) as pool:
         outs = list(pool.map(lambda pair: run(*pair, options.folder, options), wanted))
-    result: dict[str, dict[str, object]] = {arm: {} for arm in ARMS}
+    result: dict[str, dict[str, Any]] = {arm: {} for arm in ARMS}
     lines: dict[str, list[list[dict[str, object]]]] = {arm: [] for arm in ARMS}
     for (arm, seed), out in zip(wanted, outs, strict=True):
         result[arm][str(seed)] = figures(out)
@@ -86,13 +87,51 @@ def main() -> None:
     (HERE / "results").mkdir(exist_ok=True)
     (HERE / "results" / "sentiment.json").write_text(json.dumps(record, indent=1) + "\n")
     curves(lines, HERE / "results" / "sentiment.png", key="reward/sentiment")
+    (HERE / "results" / "sentiment.md").write_text(table(result, record["command"], versions))
+    print(table(result, record["command"], versions))
+
+
+def table(result: dict[str, dict[str, Any]], command: str, versions: dict[str, Any]) -> str:
+    """The figures as Markdown: one line a run."""
+    what = f"{RECIPE.name}, held-out prompts, torch {versions.get('torch')}, {versions.get('platform')}"
+    columns = (
+        "arm",
+        "seed",
+        "trained score",
+        "of the way to 1",
+        "held-out score",
+        "reference perplexity",
+        "distinct-2",
+    )
+    lines = [
+        "# The main job: rewards per word against the final score only",
+        "",
+        f"Written by `{command}`: {what}. Both arms spend the same steps, texts and tokens.",
+        "",
+        "| " + " | ".join([*columns, "training", "goals missed"]) + " |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
     for arm, seeds in result.items():
         for seed, one in seeds.items():
-            goals = one["goals"]  # type: ignore[index]
-            print(
-                f"{arm:18} seed {seed}: {one['share_of_the_way_to_1']:.2f} of the way; missed: "  # type: ignore[index]
-                f"{[goal for goal, held in goals.items() if not held] or 'nothing'}"
-            )
+            pairs = {
+                key: f"{one['before'][key]:.{digits}f} → {one['after'][key]:.{digits}f}"
+                for key, digits in (("score/sentiment", 3), ("score/vader", 2), ("perplexity", 1), ("distinct_2", 2))
+            }
+            missed = ", ".join(goal for goal, held in one["goals"].items() if not held) or "none"
+            cells = [
+                arm,
+                seed,
+                pairs["score/sentiment"],
+                f"{one['share_of_the_way_to_1']:.0%}",
+                pairs["score/vader"],
+                pairs["perplexity"],
+                pairs["distinct_2"],
+                f"{one['steps']} steps, {one['training_seconds']:.0f} s",
+                missed,
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    goals = "; ".join(next(iter(next(iter(result.values())).values()))["goals"])
+    return "\n".join([*lines, "", f"The goals: {goals}.", ""])
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/step.py                       (needs the extra "bench", or --peer-python with trl in it)
     python benchmarks/step.py --rounds 3 --steps 4
 
-Each side runs in a process of its own, in turns (ours, TRL, ours, TRL, ...): a noisy machine is noisy to both. A process
-takes one step to warm up and then `--steps` timed ones. What counts is the ratio of the medians. TRL runs as it
+Each side runs in a process of its own, in turns (ours, TRL, ours, TRL, ...): a noisy machine is noisy to both. A
+process takes one step to warm up and then `--steps` timed ones. What counts is the ratio of the medians. TRL runs as it
 comes ("default") and with gradient checkpointing switched off ("fastest", which is what the ratio is taken against).
 """
 
@@ -21,6 +21,7 @@ import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 OPENINGS = [
     "I rented this film because of all the",
@@ -148,6 +149,24 @@ def machine() -> dict[str, object]:
     return {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "versions": found}
 
 
+def table(result: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    names = {
+        "ours": "instant-reward",
+        "trl_fastest": "TRL, gradient checkpointing off",
+        "trl_default": "TRL as it comes",
+    }
+    rows = [
+        f"| {names[side]} | {median:.2f} | {median / result['median']['ours']:.2f} |"
+        for side, median in result["median"].items()
+    ]
+    sizes = f"{result['texts']} texts of {result['tokens']} tokens, float32, {result['threads']} thread(s)"
+    how = f"SmolLM2-135M, {sizes}, each side in a process of its own, in turns. Medians."
+    head = ["# One training step against TRL's GRPOTrainer", "", f"Written by `{result['command']}`: {how}", ""]
+    columns = ["| | seconds a step | against ours |", "|---|---|---|"]
+    return "\n".join([*head, *columns, *rows, "", f"Machine: {json.dumps(result['machine'])}", ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", choices=("ours", "trl_default", "trl_fastest"), help=argparse.SUPPRESS)
@@ -187,6 +206,7 @@ def main() -> None:
     }
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    RESULT.with_suffix(".md").write_text(table(result))
     print(
         f"ours is {result['ratio_to_trl_fastest']:.2f} times as fast as TRL at its fastest here, "
         f"{result['ratio_to_trl_default']:.2f} times as fast as TRL as it comes; written to {RESULT}"

@@ -75,7 +75,18 @@ def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any
     """Grouped key heads, rotary positions, an output head of its own; biased towards words that can be read."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**tiny_config(tie_word_embeddings=False, **changes))).to(dtype)
-    return _readable(model)
+    return _readable(exact(model))
+
+
+def exact(model: Any) -> Any:
+    """Norms that compute in the weights' dtype: transformers' own round to float32, also in a float64 model."""
+    for parent in list(model.modules()):
+        for name, norm in parent.named_children():
+            if type(norm).__name__.endswith("RMSNorm") and not isinstance(norm, torch.nn.RMSNorm):
+                replacement = torch.nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon)
+                replacement.weight = norm.weight
+                setattr(parent, name, replacement)
+    return model
 
 
 def tiny_gpt2(seed: int = 0, dtype: torch.dtype = torch.float64) -> GPT2LMHeadModel:

@@ -21,11 +21,11 @@ class Batch:
         old_logprobs: ``[B, L]``, the sampler's; 0 where the mask is off.
         no_end: ``[B, L]``, True where the end tokens were forbidden while sampling (``min_new_tokens``).
         length, prompt_length, group: int64 ``[B]``.
-        cut_off: bool ``[B]``, texts that ran into the length limit (where there is a critic they bootstrap).
+        cut_off: bool ``[B]``, texts that ran into the length limit, told apart from those that ended or were stopped.
         sources: the ``K`` reward sources; ``marks`` point into them.
         temperature: the sampler's.
         text_count, token_count: counts over the whole batch, also in a part of it, so that any split sums to one step.
-        rewards: ``[B, K, L]`` once placed; values, ref_logprobs, advantages, returns: ``[B, L]``; bootstrap: ``[B]``.
+        rewards: ``[B, K, L]`` once placed; ref_logprobs, advantages, returns: ``[B, L]``.
     """
 
     token_ids: Tensor
@@ -42,9 +42,7 @@ class Batch:
     temperature: float
     text_count: int
     token_count: int
-    bootstrap: Tensor | None = None
     rewards: Tensor | None = None
-    values: Tensor | None = None
     ref_logprobs: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None

@@ -126,6 +126,28 @@ def test_equals_get_zeros(returns: str, baseline: str, scale: str, dtype: torch.
     assert torch.equal(advantages, torch.zeros_like(advantages))
 
 
+def test_scaling_by_the_batchs_deviation() -> None:
+    """Advantages over their deviation over all sampled tokens; the mean stays, unless it is asked to go.
+
+    A / deviation;  with shift (A - mean) / deviation;  a constant stays, or becomes 0 with shift: never NaN
+    """
+    mask = torch.tensor([[0, 1, 1], [0, 1, 0]])
+    advantages = torch.tensor([[9.0, 1.0, 3.0], [9.0, 8.0, 9.0]], dtype=torch.float64)
+    deviation = (((1 - 4) ** 2 + (3 - 4) ** 2 + (8 - 4) ** 2) / 3) ** 0.5
+    wanted = torch.tensor([[0.0, 1.0, 3.0], [0.0, 8.0, 0.0]], dtype=torch.float64) / deviation
+    assert same(credit.scale_by_deviation(advantages, mask), wanted)
+    shifted = torch.tensor([[0.0, -3.0, -1.0], [0.0, 4.0, 0.0]], dtype=torch.float64) / deviation
+    assert same(credit.scale_by_deviation(advantages, mask, shift=True), shifted)
+
+    for dtype in (torch.float32, torch.float64):
+        constant = torch.full((4, 5), 0.1, dtype=dtype)
+        everywhere = torch.ones(4, 5)
+        assert credit.scale_by_deviation(constant, everywhere).equal(constant)
+        assert credit.scale_by_deviation(constant, everywhere, shift=True).abs().max() < 1e-6
+        nowhere = credit.scale_by_deviation(constant, torch.zeros(4, 5))
+        assert bool(torch.isfinite(nowhere).all())
+
+
 def test_one_without_siblings_has_no_baseline() -> None:
     """A text without siblings gets 0 for a baseline, and no NaN for a deviation."""
     value, group = torch.tensor([0.5, 0.1, 0.2]), torch.tensor([7, 3, 3])

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import instant_reward as ir
 from exact.world import same
@@ -22,38 +18,15 @@ from instant_reward.batch import collate
 from instant_reward.credit import Source
 from instant_reward.text import TextDecoder
 from instant_reward.types import Mark, Prompt, Rollout
+from tiny import END, STEP, shared_tokenizer
 
 torch.set_num_threads(1)
-END, PAD = "<end>", "<pad>"
-# Words, bytes of characters of two, three and four bytes (whole and in parts), blanks, stops, scripts without spaces.
-TOKENS = [
-    "a", "b", " the", " movie", ".", "\n", " ", "  ", "!", b"\xc3", b"\xa9", b"\xe4\xbd", b"\xa0", b"\xf0\x9f", b"\x98",
-    b"\x80", "你", "好", "。", "\u0301", "👍", b"\xff", "ab. C", " a b",
-]  # fmt: skip
+# Words with their space, bytes of characters of two, three and four bytes, blanks, stops, a special token.
+TOKENS = sorted({*shared_tokenizer().encode(f" the movie was good. 你好。 é e\u0301 👍 a!\n\n b\n{STEP} \xff it! x.")})
+TOKENS += shared_tokenizer().convert_tokens_to_ids([".Ġ"])  # one token, two pieces
+END_ID, STEP_ID = shared_tokenizer().convert_tokens_to_ids([END, STEP])
+DECODER = TextDecoder(shared_tokenizer())
 PROMPTS = [Prompt("p0", "Hi", [1]), Prompt("p1", "Hello you", [0, 3, 4], info={"wanted": 2.0})]
-
-
-@cache
-def tokenizer() -> Any:
-    """Byte-level, as GPT-2's: some tokens hold parts of characters, some several words, two show nothing."""
-    alphabet = {byte: char for char, byte in _byte_of_character().items()}
-    names = ["".join(alphabet[b] for b in (t if isinstance(t, bytes) else t.encode())) for t in TOKENS]
-    names += [char for char in alphabet.values() if char not in names]
-    backend = Backend(models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([END, PAD])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=PAD)
-
-
-def _byte_of_character() -> dict[str, int]:
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
-
-
-def decoder() -> TextDecoder:
-    return TextDecoder(tokenizer())
 
 
 def every_third(characters: str) -> int | None:
@@ -124,16 +97,11 @@ def rewards(draw: Any) -> list[ir.Reward]:
     return made
 
 
-ids = st.lists(st.integers(0, len(TOKENS) + 4), min_size=1, max_size=14)
-
-
 @st.composite
 def texts(draw: Any) -> list[int]:
-    """Tokens, sometimes with ones that show nothing among them and the end token behind."""
-    found = list(draw(ids))
-    if draw(st.booleans()):
-        found[draw(st.integers(0, len(found) - 1))] = tokenizer().convert_tokens_to_ids(PAD)
-    return [*found, tokenizer().eos_token_id] if draw(st.booleans()) else found
+    """Tokens, tokens that show nothing among them, and sometimes the end token behind."""
+    found: list[int] = draw(st.lists(st.sampled_from([*TOKENS, STEP_ID]), min_size=1, max_size=14))
+    return [*found, END_ID] if draw(st.booleans()) else found
 
 
 def watch_live(rewards: Sequence[Any], texts: Sequence[list[int]], chunk: int = 1, prompt: int = 0) -> list[Rollout]:
@@ -142,7 +110,7 @@ def watch_live(rewards: Sequence[Any], texts: Sequence[list[int]], chunk: int = 
     Prompts take turns, beginning with ``prompt``.
     """
     prompts = [PROMPTS[(prompt + row) % 2] for row in range(len(texts))]
-    watch = ir.Watch(rewards, decoder())
+    watch = ir.Watch(rewards, DECODER)
     stopped: dict[int, int] = {}
     for row in range(len(texts)):
         watch.open(row, prompts[row])
@@ -157,7 +125,7 @@ def watch_live(rewards: Sequence[Any], texts: Sequence[list[int]], chunk: int = 
 
 def _rollout(prompt: Prompt, text: list[int], chars: str, ends: list[int], marks: list[Mark], stop: bool) -> Rollout:
     first, kept = len(prompt.token_ids), len(ends) - len(prompt.token_ids)
-    ended = text[-1] == tokenizer().eos_token_id
+    ended = text[-1] == END_ID
     early = stop and kept < len(text)
     return Rollout(
         id=f"{prompt.id}/0",
@@ -197,7 +165,7 @@ def test_live_is_replay_at_every_prefix(rewards: list[ir.Reward], text: list[int
     marks(x_<=t, still written) = { m in marks(x) : m.seen <= t };  marks(x_<=t, cut off at t) = its replay
     """
     whole = watch_live(rewards, [text])[0]
-    watch, first = ir.Watch(rewards, decoder()), len(PROMPTS[0].token_ids)
+    watch, first = ir.Watch(rewards, DECODER), len(PROMPTS[0].token_ids)
     watch.open(0, PROMPTS[0])
     found: list[Mark] = []
     for count in range(1, len(whole.token_ids) - first + 1):
@@ -232,7 +200,7 @@ def test_pieces_are_the_whole_text(text: list[int], every: Any) -> None:
     rollout = watch_live([length, change, each], [text])[0]
     assert rollout.total("length") == len(rollout.text)
     assert rollout.total("change") == pytest.approx(len(rollout.text) ** 1.5)
-    assert rollout.text == tokenizer().decode(text, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert rollout.text == shared_tokenizer().decode(text, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     counted = [mark.start for mark in rollout.marks if mark.source == "each"]
     if every in ("token", "end", 2, 3):
         assert sorted(counted) == list(range(rollout.start, len(rollout.token_ids)))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from exact import tiny
+from exact import models
 from instant_reward import losses
 from instant_reward.batch import Batch, collate
 from instant_reward.policies.causal import CausalPolicy
@@ -22,7 +22,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 def sampled(policy: CausalPolicy, settings: Settings, dtype: torch.dtype) -> Batch:
     """Groups of four, prompts of 2 to 30 tokens, more texts than rows: texts take each other's place."""
-    rollouts = tiny.sample(policy, tiny.prompts(3, 30, 2, 11), settings, per_prompt=4)
+    rollouts = models.sample(policy, models.prompts(3, 30, 2, 11), settings, per_prompt=4)
     batch = collate(rollouts, pad_id=policy.pad_id, dtype=dtype)
     return replace(batch, advantages=torch.zeros_like(batch.old_logprobs))
 
@@ -37,12 +37,12 @@ def gap(policy: CausalPolicy, batch: Batch) -> float:
 @pytest.mark.parametrize("settings", [PLAIN, HOT, FORBIDDEN], ids=["plain", "hot", "forbidden"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_sampler_and_trainer_agree(kind: tiny.Kind, dtype: torch.dtype, settings: Settings) -> None:
+def test_sampler_and_trainer_agree(kind: models.Kind, dtype: torch.dtype, settings: Settings) -> None:
     """The sampler's log-probability of each token is the trainer's, temperature and forbidden end tokens included.
 
     log p(x_t | x_<t) = log softmax(logits / temperature)[x_t], the end token left out while it is forbidden
     """
-    policy = tiny.policy(kind, dtype)
+    policy = models.policy(kind, dtype)
     batch = sampled(policy, settings, dtype)
     assert gap(policy, batch) <= TOLERANCE[dtype]
     output = policy(batch)
@@ -53,9 +53,9 @@ def test_sampler_and_trainer_agree(kind: tiny.Kind, dtype: torch.dtype, settings
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_every_disagreement_shows(kind: tiny.Kind) -> None:
+def test_every_disagreement_shows(kind: models.Kind) -> None:
     """A forgotten temperature, a forgotten ban on the end token, weights that moved, shifted tokens: each shows."""
-    policy = tiny.policy(kind)
+    policy = models.policy(kind)
     batch = sampled(policy, FORBIDDEN, torch.float64)
     assert gap(policy, batch) <= 1e-10
     nowhere = torch.zeros_like(batch.no_end)
@@ -77,7 +77,7 @@ def test_every_disagreement_shows(kind: tiny.Kind) -> None:
 
 def test_forbidden_end_tokens_were_not_drawn() -> None:
     """With ``min_new_tokens`` no text ends earlier; without it, in this world, some do."""
-    policy = tiny.policy("llama")
+    policy = models.policy("llama")
     early = [rollout for rollout in _texts(policy, HOT) if sum(rollout.mask) < 5]
     assert early, "this world has no short texts"
     assert all(sum(rollout.mask) >= 5 for rollout in _texts(policy, replace(HOT, min_new_tokens=4)))
@@ -85,11 +85,11 @@ def test_forbidden_end_tokens_were_not_drawn() -> None:
 
 def test_probabilities_sum_to_one() -> None:
     """What the trainer says of every possible token sums to 1 at each position, whatever was forbidden there."""
-    policy = tiny.policy("llama")
+    policy = models.policy("llama")
     batch = sampled(policy, FORBIDDEN, torch.float64).select([0])
     at = int(batch.prompt_length[0]) + 1
     total = torch.zeros((), dtype=torch.float64)
-    for token in range(len(tiny.Characters())):
+    for token in range(len(models.shared_tokenizer())):
         ids = batch.token_ids.clone()
         ids[0, at] = token
         with torch.no_grad():
@@ -97,5 +97,5 @@ def test_probabilities_sum_to_one() -> None:
     assert float(total) == pytest.approx(1.0, abs=1e-10)
 
 
-def _texts(policy: CausalPolicy, settings: Settings) -> list[tiny.Rollout]:
-    return tiny.sample(policy, tiny.prompts(3, 30, 2, 11), settings, per_prompt=16)
+def _texts(policy: CausalPolicy, settings: Settings) -> list[models.Rollout]:
+    return models.sample(policy, models.prompts(3, 30, 2, 11), settings, per_prompt=16)

@@ -117,9 +117,18 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(work: Path) -> Non
 
 def test_a_resume_with_a_changed_config_is_refused_and_names_the_change(work: Path) -> None:
     run = work / "changed"
-    finish(start(work, "config.yaml", "train.steps=2", "--out", str(run)))
+    finish(start(work, "config.yaml", "train.steps=2", "train.schedule=constant", "--out", str(run)))
     process = start(work, "--resume", str(run), "train.learning_rate=0.5")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "train.learning_rate" in output
     finish(start(work, "--resume", str(run), "train.steps=3"))  # a longer run is the same run
+
+
+def test_more_steps_are_refused_where_the_learning_rate_depends_on_their_number(work: Path) -> None:
+    run = work / "schedule"
+    finish(start(work, "config.yaml", "train.steps=2", "--out", str(run)))
+    process = start(work, "--resume", str(run), "train.steps=3")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "train.steps" in output

@@ -11,25 +11,25 @@ from tiny import tiny_folder
 
 
 @ir.reward(every="token")
-def says_good(view: ir.View) -> float:
-    """One for each token that brings the word."""
-    return 1.0 if "good" in view.piece else 0.0
+def writes_o(view: ir.View) -> float:
+    """One for each token that brings the letter."""
+    return 1.0 if "o" in view.piece else 0.0
 
 
 def final(text: str) -> float:
-    return text.count("good") / 4
+    return text.count("o") / 4
 
 
 @pytest.mark.parametrize(
     ("algorithm", "reward"),
     [
-        ({"name": "reinforce", "scale": "batch"}, says_good),
-        ("rloo", says_good),
+        ({"name": "reinforce", "scale": "batch"}, writes_o),
+        ("rloo", writes_o),
         ("rloo", final),
         ("grpo", final),
         ({"name": "grpo", "scale": "none"}, final),
-        ({"name": "grpo", "timing": "ignore", "epochs": 2, "minibatches": 2}, says_good),
-        ({"name": "rloo", "kl": 0.001, "loss": "clipped", "normalise": "tokens"}, says_good),
+        ({"name": "grpo", "timing": "ignore", "epochs": 2, "minibatches": 2}, writes_o),
+        ({"name": "rloo", "kl": 0.001, "loss": "clipped", "normalise": "tokens"}, writes_o),
     ],
 )
 def test_the_reward_rises(algorithm: object, reward: object, tmp_path: Path) -> None:
@@ -45,11 +45,11 @@ def test_the_reward_rises(algorithm: object, reward: object, tmp_path: Path) -> 
         learning_rate=1e-2,
         out=tmp_path / "run",
     )
-    name = "says_good" if reward is says_good else "final"
+    name = "writes_o" if reward is writes_o else "final"
     curve = [row[f"reward/{name}"] for row in run.metrics]
     before, after = sum(curve[:5]) / 5, sum(curve[-5:]) / 5
     assert after > before + 0.3, curve
-    assert "good" in run.policy.sample(["it was"], temperature=0.0, max_new_tokens=4)[0].text
+    assert "o" in run.policy.sample(["it was"], temperature=0.0, max_new_tokens=4)[0].text
 
 
 def test_training_ends_when_the_target_holds(tmp_path: Path) -> None:
@@ -80,5 +80,5 @@ def test_a_target_that_is_no_metric_is_named_with_the_ones_there_are(tmp_path: P
 
 
 def test_group_rewards_that_lose_their_timing_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ir.UserError, match=r"says_good.*algorithm\.timing=ignore"):
-        ir.train(model="unused", prompts=["a"], rewards=[says_good], algorithm="grpo", out=tmp_path / "run")
+    with pytest.raises(ir.UserError, match=r"writes_o.*algorithm\.timing=ignore"):
+        ir.train(model="unused", prompts=["a"], rewards=[writes_o], algorithm="grpo", out=tmp_path / "run")

@@ -29,7 +29,7 @@ from instant_reward.sampling import engine as engine_module
 from instant_reward.sampling.draw import Settings
 from instant_reward.sampling.engine import Engine, in_order
 from instant_reward.types import Prompt, RewardError, Rollout, UserError
-from tiny import CONTEXT, END, shared_tokenizer, tiny_config, tiny_gpt2, tiny_llama, tiny_policy
+from tiny import CONTEXT, END, exact, shared_tokenizer, tiny_config, tiny_gpt2, tiny_llama, tiny_policy
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
 TEXTS = ["the movie was", "a", " good, but not", "the long and slow movie was of a film that", "It was bad.\n\n"]
@@ -169,7 +169,7 @@ class TestLogProbabilities:
         assert rollout.logprobs[rollout.start :] == pytest.approx(expected.tolist(), abs=1e-9)
 
     def test_attention_that_slides_is_exact_within_its_window_and_goes_no_further(self) -> None:
-        model = MistralForCausalLM(MistralConfig(**tiny_config(sliding_window=24))).double()
+        model = exact(MistralForCausalLM(MistralConfig(**tiny_config(sliding_window=24))).double())
         policy = tiny_policy(model)
         assert policy.context == 24
         rollouts = policy.sample(["the movie was", "a"], per_prompt=3, max_new_tokens=16)

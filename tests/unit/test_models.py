@@ -210,7 +210,7 @@ def test_a_hub_that_hangs_is_given_up_within_seconds(monkeypatch: pytest.MonkeyP
     start = time.monotonic()
     with pytest.raises(UserError, match=r"did not answer within 0\.2 s when asked for some/model"):
         models.locate("some/model")
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15
     over.set()
 
 
