@@ -125,7 +125,9 @@ def _table(path: Path) -> Iterator[_Located]:
                     raise UserError(f"{where} has not the {columns} columns of the first line: quote its texts.")
                 yield where, row
         except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num + 1} is no valid CSV ({error}): mend its quotes.") from error
+            raise UserError(
+                f"{path}, line {reader.line_num + 1} is no valid CSV ({error}): mend its quotes."
+            ) from error
 
 
 def _parquet(path: Path) -> Iterator[_Located]:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tiny import tiny_folder
 
-STEPS = 12
+STEPS = 100
 REWARDS = '''
 import random
 
@@ -86,6 +86,7 @@ def test_a_run_killed_ten_times_at_random_points_is_the_run_that_was_let_be(work
         # Let it come to its first steps, then kill it somewhere inside one or inside a checkpoint.
         wait_for_progress(process, killed)
         time.sleep(dice.uniform(0.0, 0.3))
+        assert process.poll() is None, "the run had ended before it could be killed: give it more steps"
         process.send_signal(signal.SIGKILL)
         process.communicate()
         first = first and not (killed / "config.yaml").exists()
