@@ -16,8 +16,8 @@ from instant_reward.types import LossOutput, PolicyOutput, Rollout
 class Metrics:
     """Gathers one step's metrics.
 
-    ``reward`` is the mean over texts of the weighted sum of the learned sources, ``reward/<source>`` the mean raw sum of
-    one source; ``kl`` and ``entropy`` are nats per sampled token; ``length`` counts sampled tokens a text. Keys that
+    ``reward`` is the mean over texts of the weighted sum of the learned sources, ``reward/<source>`` the mean raw sum
+    of one source; ``kl`` and ``entropy`` are nats per sampled token; ``length`` counts sampled tokens a text. Keys that
     begin with ``time/`` are seconds; they and ``tokens_per_second`` alone depend on the machine.
     """
 

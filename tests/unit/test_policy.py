@@ -567,7 +567,7 @@ class TestLoading:
         "make",
         [
             lambda: GraniteForCausalLM(GraniteConfig(**tiny_config(logits_scaling=8.0))),
-            lambda: Gemma2ForCausalLM(Gemma2Config(**tiny_config(), attn_implementation="sdpa")),
+            lambda: Gemma2ForCausalLM(Gemma2Config(**tiny_config())),
         ],
         ids=["scaled", "capped"],
     )

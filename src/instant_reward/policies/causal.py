@@ -48,8 +48,8 @@ class CausalPolicy:
         self.stepper: Stepper | None = None
         self.end_ids = _end_ids(model, tokenizer)
         self.pad_id = int(next(i for i in (tokenizer.pad_token_id, *self.end_ids, 0) if i is not None))
-        _check_attention(model)
         _check_head(model)
+        _check_attention(model)
 
     @property
     def device(self) -> torch.device:
@@ -279,6 +279,7 @@ def load_policy(
     Raises:
         UserError: where the model is not there or cannot be read.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = models.locate(name)
@@ -289,7 +290,7 @@ def load_policy(
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=master, attn_implementation="sdpa")
         model = model.to(place)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the model in {folder} cannot be loaded: {_first_line(error)}; check the folder") from error
     adapter = None
     if lora is not None:

@@ -178,7 +178,7 @@ def as_reward(candidate: Any) -> Reward:
         )
     if hasattr(candidate, "waits_for_a_function"):
         raise UserError(
-            "an @ir.reward has no function yet; write @ir.reward(every=...), with brackets, above a function and use that"
+            "an @ir.reward has no function yet; write @ir.reward(every=...), with brackets, above a function"
         )
     try:
         parameters = list(inspect.signature(candidate).parameters.values())
