@@ -5,7 +5,7 @@
 
 Each side runs in a process of its own, in turns (ours, TRL, ours, TRL, ...): a noisy machine is noisy to both. A
 process takes one step to warm up and then `--steps` timed ones. What counts is the ratio of the medians. TRL runs as it
-comes ("default") and with gradient checkpointing switched off ("fastest", which is what the ratio is taken against).
+comes and with gradient checkpointing switched off; the ratio is taken against the faster of the two.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
     names = {
         "ours": "instant-reward",
-        "trl_fastest": "TRL, gradient checkpointing off",
+        "trl_no_checkpointing": "TRL, gradient checkpointing off",
         "trl_default": "TRL as it comes",
     }
     rows = [
@@ -169,7 +169,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", choices=("ours", "trl_default", "trl_fastest"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=("ours", "trl_default", "trl_no_checkpointing"), help=argparse.SUPPRESS)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
@@ -185,7 +185,7 @@ def main() -> None:
     from instant_reward.models import locate
 
     options.model = str(locate(options.model))
-    sides = ("ours", "trl_fastest", "trl_default")
+    sides = ("ours", "trl_no_checkpointing", "trl_default")
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(options.rounds):
         for side in sides:
@@ -197,8 +197,7 @@ def main() -> None:
         "command": "python benchmarks/step.py " + " ".join(sys.argv[1:]),
         "seconds": seconds,
         "median": medians,
-        "ratio_to_trl_fastest": medians["trl_fastest"] / medians["ours"],
-        "ratio_to_trl_default": medians["trl_default"] / medians["ours"],
+        "ratio_to_the_faster_trl": min(medians[side] for side in sides if side != "ours") / medians["ours"],
         "texts": options.prompts * options.group,
         "tokens": options.tokens,
         "threads": options.threads,
@@ -207,10 +206,7 @@ def main() -> None:
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     RESULT.with_suffix(".md").write_text(table(result))
-    print(
-        f"ours is {result['ratio_to_trl_fastest']:.2f} times as fast as TRL at its fastest here, "
-        f"{result['ratio_to_trl_default']:.2f} times as fast as TRL as it comes; written to {RESULT}"
-    )
+    print(f"ours is {result['ratio_to_the_faster_trl']:.2f} times as fast as the faster TRL; written to {RESULT}")
 
 
 if __name__ == "__main__":
