@@ -88,6 +88,13 @@ def stop_where(text: str, every: Any = "token") -> Any:
     return ir.reward(every=every, name="stops")(lambda view: ir.stop(-1) if text in view.piece else 0.25)
 
 
+def letter_of_some(policy: CausalPolicy, **settings: Any) -> str:
+    """A letter that some texts hold, and some do not."""
+    texts = [rollout.text for rollout in sample(policy, **settings)]
+    holds = {letter: sum(letter in text for text in texts) for letter in "abcdefghijklmnopqrstuvwxyz"}
+    return min(holds, key=lambda letter: abs(holds[letter] - len(texts) / 2))
+
+
 def threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("rewards")]
 
@@ -382,13 +389,14 @@ class TestScoring:
 
     def test_marks_are_the_same_however_slow_the_reward(self, policy: CausalPolicy) -> None:
         chance = random.Random(0)
+        letter = letter_of_some(policy, rows=4, min_new_tokens=16)
 
         def sleepy(view: ir.View) -> Any:
             time.sleep(chance.choice([0, 0, 0, 0.004]))
-            return ir.stop(-1) if "m" in view.piece else len(view.text)
+            return ir.stop(-1) if letter in view.piece else len(view.text)
 
         def quick(view: ir.View) -> Any:
-            return ir.stop(-1) if "m" in view.piece else len(view.text)
+            return ir.stop(-1) if letter in view.piece else len(view.text)
 
         runs = [
             sample(policy, rewards=[ir.reward(every="token", name="it")(function)], rows=4, min_new_tokens=16)
@@ -409,20 +417,22 @@ class TestScoring:
         assert max(sizes) == 10
 
     def test_a_stop_cuts_where_it_was_seen_whatever_the_lag(self, policy: CausalPolicy) -> None:
-        rewards = [stop_where("o"), ir.reward(every="word", name="words")(lambda view: len(view.piece))]
+        letter = letter_of_some(policy, min_new_tokens=20)
+        rewards = [stop_where(letter), ir.reward(every="word", name="words")(lambda view: len(view.piece))]
         reference = sample(policy, rewards=rewards, stop_lag=0, min_new_tokens=20)
         stopped = [rollout for rollout in reference if rollout.stop == "stopped"]
         assert len(stopped) > 3
         for rollout in stopped:
             last = next(mark for mark in rollout.marks if mark.value == -1)
             assert last.seen == len(rollout.token_ids)
-            assert "o" in rollout.text[rollout.char_ends[-2] :]
-            assert "o" not in rollout.text[: rollout.char_ends[-2]]
+            assert letter in rollout.text[rollout.char_ends[-2] :]
+            assert letter not in rollout.text[: rollout.char_ends[-2]]
         for lag in (1, 4, 30):
             assert_same_texts(sample(policy, rewards=rewards, stop_lag=lag, min_new_tokens=20, rows=6), reference)
 
     def test_a_stop_on_a_word_keeps_the_token_that_showed_its_end(self, policy: CausalPolicy) -> None:
-        rollouts = sample(policy, rewards=[stop_where("o", every="word")], min_new_tokens=20)
+        letter = letter_of_some(policy, min_new_tokens=20)
+        rollouts = sample(policy, rewards=[stop_where(letter, every="word")], min_new_tokens=20)
         stopped = [rollout for rollout in rollouts if rollout.stop == "stopped"]
         assert stopped
         for rollout in stopped:
@@ -447,7 +457,7 @@ class TestScoring:
         assert engine.count.saved == 10 * 20 - engine.count.decoded
 
     def test_a_text_that_had_ended_before_its_stop_was_known_saved_nothing(self) -> None:
-        engine = Engine(tiny_policy(), Settings(max_new_tokens=6, stop_lag=10))
+        engine = Engine(tiny_policy(), Settings(max_new_tokens=6, min_new_tokens=4, stop_lag=10))
         rollouts = list(engine.stream(prompts(), 2, [ir.reward(every=3)(lambda view: ir.stop())]))
         assert "stopped" in {rollout.stop for rollout in rollouts}
         assert engine.count.saved == 0
@@ -480,19 +490,29 @@ class TestThreads:
             assert rollout.total() == len(rollout.text)
             break
 
-    def test_a_stream_that_is_given_up_does_not_score_what_waits(self, llama: CausalPolicy) -> None:
-        scored: list[str] = []
+    def test_after_an_error_nothing_more_is_scored(self, llama: CausalPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+        decoded, ahead, scored = [], threading.Event(), []
+        plain = Engine.decode
 
-        def slow(view: ir.View) -> float:
-            time.sleep(0.02)
+        def counted(engine: Engine, tokens: list[int], cache: Any) -> Tensor:
+            decoded.append(len(tokens))
+            if len(decoded) == 7:
+                ahead.set()
+            return plain(engine, tokens, cache)
+
+        def fails(view: ir.View) -> float:
             scored.append(view.piece)
-            return 0.0
+            if len(scored) > 1:
+                time.sleep(0.5)  # long enough for the error of the first one to be seen
+                return 0.0
+            assert ahead.wait(timeout=60)
+            raise ArithmeticError
 
-        engine = Engine(llama, Settings(max_new_tokens=20, min_new_tokens=1, stop_lag=19))
-        stream = engine.stream(prompts(["a"]), 1, [ir.reward(every="token")(slow), ir.reward(every=2)(lambda v: 1 / 0)])
-        with pytest.raises(RewardError):
-            next(stream)
-        assert len(scored) < engine.count.decoded
+        monkeypatch.setattr(Engine, "decode", counted)
+        with pytest.raises(RewardError, match="raised ArithmeticError"):
+            sample(llama, prompts(["a"]), 1, [ir.reward(every="token")(fails)], min_new_tokens=20, stop_lag=8)
+        assert len(decoded) >= 8
+        assert len(scored) < 8
 
     def test_a_failing_reward_surfaces_as_what_it_is(self, llama: CausalPolicy) -> None:
         def broken(text: str) -> float:
