@@ -4,7 +4,7 @@
     python benchmarks/sentiment.py --jobs 2 --threads 1   (two runs side by side, a core each)
 
 Writes to `benchmarks/results/`: `sentiment.json` (every figure of every run, and which goals it reaches),
-`sentiment.md` (the same as a table) and `sentiment.png` (the training reward by step).
+`sentiment.md` (the same as a table) and `sentiment.png` (the mean final score of the training texts by step).
 """
 
 from __future__ import annotations
@@ -72,21 +72,26 @@ def main() -> None:
     parser.add_argument("override", nargs="*", help="changes to the recipe, as for `instant-reward train`")
     options = parser.parse_args()
     from instant_reward.evaluate.plot import curves
+    from instant_reward.rewards.sentiment import ReviewSentiment
 
     options.folder.mkdir(parents=True, exist_ok=True)
     wanted = [(arm, seed) for seed in range(options.seeds) for arm in ARMS]
     with ThreadPoolExecutor(options.jobs) as pool:
         outs = list(pool.map(lambda pair: run(*pair, options.folder, options), wanted))
+    empty = ReviewSentiment()("")
     result: dict[str, dict[str, Any]] = {arm: {} for arm in ARMS}
     lines: dict[str, list[list[dict[str, object]]]] = {arm: [] for arm in ARMS}
     for (arm, seed), out in zip(wanted, outs, strict=True):
         result[arm][str(seed)] = figures(out)
-        lines[arm].append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
+        # The changes add up to the final score less that of the empty text: with it, both arms are on one scale.
+        base = empty if arm == "change per word" else 0.0
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        lines[arm].append([{"step": row["step"], "final score": row["reward/sentiment"] + base} for row in rows])
     versions = json.loads((outs[0] / "versions.json").read_text())
     record = {"command": "python benchmarks/sentiment.py " + " ".join(sys.argv[1:]), "versions": versions, **result}
     (HERE / "results").mkdir(exist_ok=True)
     (HERE / "results" / "sentiment.json").write_text(json.dumps(record, indent=1) + "\n")
-    curves(lines, HERE / "results" / "sentiment.png", key="reward/sentiment")
+    curves(lines, HERE / "results" / "sentiment.png", key="final score")
     (HERE / "results" / "sentiment.md").write_text(table(result, record["command"], versions))
     print(table(result, record["command"], versions))
 
