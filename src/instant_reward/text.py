@@ -253,10 +253,10 @@ _SPACELESS = (
     (0xAA60, 0xAA7F), (0xF900, 0xFAFF), (0xFF66, 0xFF9D), (0x1B000, 0x1B16F), (0x20000, 0x3FFFF),
 )  # fmt: skip
 # What no cut may come before, beside combining marks: Thai and Lao AM, joiners, half-width voice marks, emoji
-# modifiers, tags, variation selectors, the second half of a surrogate pair.
+# modifiers, tags, variation selectors.
 _EXTENDERS = (
     "\xad\u0e33\u0eb3\u200b\u200c\u2060\ufeff\uff9e\uff9f\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f"
-    "\U000e0100-\U000e01ef\udc00-\udfff"
+    "\U000e0100-\U000e01ef"
 )
 _FLAG = "\U0001f1e6-\U0001f1ff"  # two of them are one flag
 _STARTS_A_WORD = frozenset("#@&*/\\\uff03\uff20\uff06\uff0a\uff0f\uff3c")
@@ -471,7 +471,7 @@ def _patterns() -> _Patterns:
     attached = f"(?:{joint}|[{extends}])"
     return _Patterns(
         word=re.compile(
-            rf"\s*+(?:{opens}*+{letter}(?:{joint}|[{extends}{closes}])*+|(?:{attached}|(?!{opens}*+{letter})\S)++)"
+            rf"\s*+(?:{opens}*+{letter}(?:{joint}|[{extends}{closes}])*+|(?:{joint}|(?!{opens}*+{letter})\S)++)"
         ),
         run=re.compile(rf"\s*+{opens}*+(?P<run>(?:{letter}{attached}*+)++)(?:{joint}|[{extends}{closes}])*+"),
         joined=re.compile(rf"\u200d|.[\u200d{extends}]|[{_FLAG}]{{2}}", re.DOTALL),

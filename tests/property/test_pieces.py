@@ -104,6 +104,7 @@ WORDS = {
     "مرحبا بك": ["مرحبا", " بك"],
     "好\ufe00好🏽👨\u200d👩\u200d👧 🇨🇳🇨🇳": ["好\ufe00", "好🏽", "👨\u200d👩\u200d👧", " 🇨🇳🇨🇳"],
     "cafe\u0301 x\u0301": ["cafe\u0301", " x\u0301"],
+    "a\u200d好人": ["a\u200d好", "人"],
     "好\u200d\u200d好人": ["好\u200d\u200d好", "人"],
     "好\u200d🇨🇳🇨🇳": ["好\u200d🇨🇳", "🇨🇳"],
     "don't well-made 3.14": ["don't", " well-made", " 3.14"],
@@ -118,6 +119,7 @@ SENTENCES = {
         " Ok",
     ],
     "Pi is 3.14. See no. 5 of p. 7. I said no. Then": ["Pi is 3.14.", " See no. 5 of p. 7.", " I said no.", " Then"],
+    "Prof. Li left on Jan. 5. One rep. Ok": ["Prof. Li left on Jan. 5.", " One rep.", " Ok"],
     "Wait... What?! Yes… ok example.com": ["Wait...", " What?!", " Yes…", " ok example.com"],
     "1. First. 2. Second. It was 1999. End": ["1. First.", " 2. Second.", " It was 1999.", " End"],
     "Title\n\n\nText. \n \n  More": ["Title\n\n\n", "Text. \n \n", "  More"],
@@ -197,6 +199,10 @@ def test_a_segmenter_is_asked_once_per_run_when_the_run_is_over() -> None:
         "（我喜", "欢\u0301", "你的，", "真的", " ok",
     ]  # fmt: skip
     assert asked == ["我喜欢\u0301你的", "真的"]
+
+
+def test_a_segmenter_cannot_part_a_flag() -> None:
+    assert cut(Pieces("word", segmenter=list), "好\u200d🇨🇳人") == ["好\u200d🇨🇳", "人"]
 
 
 @pytest.mark.parametrize(
