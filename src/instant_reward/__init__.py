@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from instant_reward.rewards.base import reward as reward
     from instant_reward.rewards.base import stop as stop
     from instant_reward.rewards.compose import change as change
+    from instant_reward.rewards.shaping import potential as potential
     from instant_reward.rewards.watch import Watch as Watch
     from instant_reward.rewards.watch import replay as replay
     from instant_reward.run import Run as Run
@@ -62,6 +63,7 @@ _PUBLIC = {
     "credit": "credit",
     "load_policy": "policies.causal:load_policy",
     "losses": "losses",
+    "potential": "rewards.shaping:potential",
     "replay": "rewards.watch:replay",
     "reward": "rewards.base:reward",
     "stop": "rewards.base:stop",

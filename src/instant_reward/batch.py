@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from instant_reward.credit import Marks, Source
-from instant_reward.types import Rollout
+from instant_reward.text import Pieces
+from instant_reward.types import Carried, Every, PolicyOutput, Rollout
+
+PER_TEXT = ("length", "prompt_length", "group", "cut_off", "bootstrap")
 
 
 @dataclass
@@ -25,7 +29,18 @@ class Batch:
         sources: the ``K`` reward sources; ``marks`` point into them.
         temperature: the sampler's.
         text_count, token_count: counts over the whole batch, also in a part of it, so that any split sums to one step.
-        rewards: ``[B, K, L]`` once placed; ref_logprobs, advantages, returns: ``[B, L]``.
+        carried: what the algorithm carries from step to step, as it was before this one.
+        pieces: int64 ``[B, L]``, where pieces (words, sentences, ...) are the actions: the number of the one that a
+            sampled token belongs to; 0, 1, ... in each text. One ends with the token that shows that a piece is over.
+        shown: the same texts behind the prompts that the teacher sees, where it sees other ones than the policy.
+        ref_logprobs, proximal_logprobs, teacher_logprobs: ``[B, L]``, of the reference, of the policy as it was when
+            the step began, and of the teacher.
+        teacher_baseline: ``[B, L]``, what the teacher's log-ratio is on average at that prefix: the KL, negative.
+        values: ``[B, K, L]``, the critic's value of the text before each token, for each source.
+        slow: ``[B, L]``, the least of the slow Q functions' values of the sampled token.
+        bootstrap: ``[B, K]``, its value after the last token of a text that was cut off; 0 where it finished.
+        rewards: ``[B, K, L]`` once placed; targets: ``[B, K, L]``, what the critic learns.
+        advantages, returns: ``[B, L]``; weights: ``[B, L]``, importance weights, without gradient.
     """
 
     token_ids: Tensor
@@ -42,10 +57,21 @@ class Batch:
     temperature: float
     text_count: int
     token_count: int
-    rewards: Tensor | None = None
+    carried: Carried = field(default_factory=Carried)
+    pieces: Tensor | None = None
+    shown: Batch | None = None
     ref_logprobs: Tensor | None = None
+    proximal_logprobs: Tensor | None = None
+    teacher_logprobs: Tensor | None = None
+    teacher_baseline: Tensor | None = None
+    values: Tensor | None = None
+    slow: Tensor | None = None
+    bootstrap: Tensor | None = None
+    rewards: Tensor | None = None
+    targets: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.token_ids.shape[0])
@@ -54,13 +80,14 @@ class Batch:
         """The same batch with these rows only, trimmed to the longest; the counts stay the whole batch's."""
         index = torch.as_tensor(rows, dtype=torch.long)
         longest = int(self.length[index].max())
-        changes: dict[str, Tensor] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        changes: dict[str, Any] = {}
+        for one in fields(self):
+            value = getattr(self, one.name)
             if isinstance(value, Tensor):
-                picked = value[index]
-                changes[field.name] = picked[..., :longest] if picked.dim() > 1 else picked
-        return replace(self, **changes)  # type: ignore[arg-type]
+                changes[one.name] = value[index] if one.name in PER_TEXT else value[index][..., :longest]
+            elif isinstance(value, Batch):
+                changes[one.name] = value.select(rows)
+        return replace(self, **changes)
 
     def minibatches(self, count: int, seed: int) -> Iterator[Batch]:
         """``count`` random shares of the texts, each with its own counts: one optimizer step each."""
@@ -93,8 +120,28 @@ class Batch:
             yield share
 
 
+class Learner(Protocol):
+    """What the loop asks of a policy that learns."""
+
+    def __call__(self, batch: Batch) -> PolicyOutput:
+        """What the policy says of the sampled tokens, with gradient."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds a part's gradient to the step's."""
+
+    def forget(self) -> None:
+        """Drops the gradients that have gathered."""
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step from the gathered gradients; returns what it has to say of it."""
+
+
 def collate(
-    rollouts: Sequence[Rollout], sources: Sequence[Source] = (), pad_id: int = 0, dtype: torch.dtype = torch.float32
+    rollouts: Sequence[Rollout],
+    sources: Sequence[Source] = (),
+    pad_id: int = 0,
+    dtype: torch.dtype = torch.float32,
+    pieces: Every | None = None,
 ) -> Batch:
     """Right-pads rollouts into a batch. Marks of sources that are not named (held-out ones) stay out.
 
@@ -102,6 +149,7 @@ def collate(
         rollouts: at least one.
         sources: the reward sources that are learned from.
         dtype: of rewards and log-probabilities.
+        pieces: where pieces end, where they are the actions ("word", "sentence", "line", ...).
     """
     assert rollouts, "a batch needs at least one rollout"
     rows, longest = len(rollouts), max(len(rollout.token_ids) for rollout in rollouts)
@@ -132,7 +180,27 @@ def collate(
         temperature=rollouts[0].temperature,
         text_count=rows,
         token_count=int(mask.sum()),
+        pieces=None if pieces is None else _piece_numbers(rollouts, pieces, longest),
     )
+
+
+def _piece_numbers(rollouts: Sequence[Rollout], every: Every, longest: int) -> Tensor:
+    """The action that each sampled token belongs to, ``[B, L]``; one ends with the token that shows a piece's end.
+
+    That is where the piece's own marks are paid. Which action a token belongs to then hangs on the text before it
+    alone. Were it to hang on the token too (a blank that begins the next word), the token would choose by what it is
+    whether it is credited with what came before it in the piece, and the gradient would be biased.
+    """
+    numbers = torch.zeros(len(rollouts), longest, dtype=torch.long)
+    cutter = Pieces(every)
+    for row, rollout in enumerate(rollouts):
+        found, number = 0, 0
+        for t in range(rollout.start, len(rollout.token_ids)):
+            numbers[row, t] = number
+            ends = cutter.ends(rollout.text[: rollout.char_ends[t]], found, False)
+            if ends:  # one token may show the end of several
+                found, number = ends[-1], number + 1
+    return numbers
 
 
 def _marks(rollouts: Sequence[Rollout], sources: Sequence[Source], dtype: torch.dtype) -> Marks:

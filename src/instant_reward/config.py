@@ -8,35 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from instant_reward.config_algorithm import AlgorithmConfig as AlgorithmConfig
 from instant_reward.config_problems import report, sentences
+from instant_reward.config_section import Count, Fraction, NotNegative, Positive, Section, Text, Whole
 from instant_reward.imports import resolve as resolve
+from instant_reward.presets import preset_of
 from instant_reward.yaml_values import apply_overrides, read_mapping, to_yaml
 
 PIECES = ("token", "word", "sentence", "line", "end")
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-
-
-class Section(BaseModel):
-    """What every section has in common: no unknown keys, finite numbers, and a short form where ``short`` is set."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=True, validate_default=True)
-    short: ClassVar[str | None] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _expand(cls, values: Any) -> Any:
-        """A bare word stands for the section with only its main key."""
-        return {cls.short: values} if cls.short and isinstance(values, str) else values
 
 
 class LoraConfig(Section):
@@ -59,14 +43,17 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Where prompts come from: exactly one of ``path`` (a file), ``use`` (``module:function``, called with ``args``)
-    and ``prompts`` (texts, lists of messages, or mappings of columns)."""
+    """Where prompts come from: exactly one of ``path`` (a file), ``use`` (``module:function``, called with ``args``),
+    ``prompts`` (texts, lists of messages, or mappings of columns) and ``rollouts`` (a run's ``samples.jsonl``: whole
+    texts to learn from, none is sampled). ``completion`` names a column with the texts to learn from instead."""
 
     short = "path"
     path: Text | None = None
     use: Text | None = None
     prompts: list[Any] | None = None
+    rollouts: Text | None = None
     column: Text = "prompt"
+    completion: Text | None = None
     args: dict[str, Any] = {}
     limit: Count | None = None
 
@@ -87,9 +74,13 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        given = [name for name in ("path", "use", "prompts") if getattr(self, name) is not None]
+        given = [name for name in ("path", "use", "prompts", "rollouts") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of path, use and prompts (there {_are(given)})")
+            raise ValueError(f"give exactly one of path, use, prompts and rollouts (there {_are(given)})")
+        if self.rollouts is not None and self.completion is not None:
+            raise ValueError("rollouts are whole texts already; leave out completion")
+        if self.rollouts is not None and (self.args or self.limit is not None or self.column != "prompt"):
+            raise ValueError("rollouts are taken as they are; leave out args, limit and column")
         return self
 
 
@@ -138,39 +129,9 @@ class RewardConfig(Section):
         return value
 
 
-class AlgorithmConfig(Section):
-    """A named choice of (credit, loss). What is None is the preset's own.
-
-    Attributes:
-        discount: per token, for every source without its own.
-        normalise: over what the loss is averaged.
-        scale: divide advantages by the deviation of the group or the batch; "none" leaves them as they are.
-        timing: "ignore" lets a preset sum rewards over time; "keep" refuses.
-        biased_placement: "allow" lets rewards be placed on their spans.
-        kl: the weight of the reference KL, paid per token as a reward.
-        kl_as: "loss" is refused with an explanation: the log-ratio used as a loss has no gradient in expectation.
-        epochs: passes over each batch; minibatches: optimizer steps in each.
-    """
-
-    short = "name"
-    name: Literal["reinforce", "rloo", "grpo"] = "rloo"
-    discount: Fraction = 1.0
-    normalise: Literal["text", "tokens", "constant"] | None = None
-    scale: Literal["none", "group", "batch"] | None = None
-    loss: Literal["policy_gradient", "clipped"] | None = None
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    clip_high: Positive = 0.2
-    timing: Literal["keep", "ignore"] = "keep"
-    biased_placement: Literal["refuse", "allow"] = "refuse"
-    kl: NotNegative = 0.0
-    kl_as: Literal["reward", "loss"] = "reward"
-    epochs: Count = 1
-    minibatches: Count = 1
-
-
 class SamplingConfig(Section):
     """How texts are drawn. ``rows``: texts decoded side by side; ``stop_lag``: decoding steps until a stopped text's
-    row is free again, the same for fast and slow rewards."""
+    row is free again, the same for fast and slow rewards. ``guide``: so many times Q - V of "ilql" join the logits."""
 
     max_new_tokens: Count = 32
     min_new_tokens: Whole = 0
@@ -180,6 +141,7 @@ class SamplingConfig(Section):
     stop: list[Text] = []
     rows: Count = 64
     stop_lag: Whole = 4
+    guide: NotNegative = 0.0
 
     @field_validator("min_new_tokens")
     @classmethod
@@ -201,6 +163,13 @@ class SamplingConfig(Section):
         return value
 
 
+class ReplayConfig(Section):
+    """Texts of earlier steps that join each step once more: so many ``groups``, at most ``staleness`` steps old."""
+
+    groups: Count = 2
+    staleness: Count = 4
+
+
 class StopWhen(Section):
     """End training when ``metric`` has stayed above ``above`` for ``for_steps`` steps in a row."""
 
@@ -210,7 +179,8 @@ class StopWhen(Section):
 
 
 class TrainConfig(Section):
-    """The loop. ``tokens_per_part`` bounds the memory of a forward pass, and ``keep`` how many checkpoints stay."""
+    """The loop. ``tokens_per_part`` bounds the memory of a forward pass, and ``keep`` how many checkpoints stay.
+    ``samples``: which texts of a step go to ``samples.jsonl``: those of its "first" prompt, or "all"."""
 
     steps: Count = 40
     prompts_per_step: Count = 4
@@ -223,7 +193,9 @@ class TrainConfig(Section):
     tokens_per_part: Count = 2048
     save_every: Count | None = None
     keep: Count = 2
+    samples: Literal["first", "all"] = "first"
     stop_when: StopWhen | None = None
+    replay: ReplayConfig | None = None
     threads: Count | None = None
 
 
@@ -266,7 +238,7 @@ class Config(Section):
     @classmethod
     def _group(cls, value: TrainConfig, info: Any) -> TrainConfig:
         algorithm = info.data.get("algorithm")
-        if algorithm and algorithm.name in ("rloo", "grpo") and value.group_size < 2:
+        if algorithm and preset_of(algorithm).groups and value.group_size < 2:
             text = f"must be at least 2 for {algorithm.name}, which compares the texts of one prompt"
             raise _below(".group_size", text)
         return value
@@ -280,7 +252,8 @@ class Config(Section):
         """
         values = _expanded(read_mapping(Path(path)))
         problems = apply_overrides(values, overrides, {"model": "name", "algorithm": "name"})
-        if not values.get("rewards"):
+        algorithm = values.get("algorithm")
+        if not values.get("rewards") and not (isinstance(algorithm, dict) and algorithm.get("teacher")):
             problems.append("rewards: there is none; name at least one function to learn from")
         return cls.build(values, str(path), problems)
 

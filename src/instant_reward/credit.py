@@ -6,6 +6,7 @@ speaker) the recursions pass over a token unchanged, its own reward is ignored, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,12 +17,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Source:
-    """One row of ``rewards [B, K, L]``: its name, weight, discount per sampled token and placement."""
+    """One row of ``rewards [B, K, L]``: its name, weight, discount per sampled token and placement.
+
+    ``final`` says that it pays once, for the whole text: a text that was cut off has then got all there is, and nothing
+    is expected beyond its end. ``earned`` is False for shaping: it is no part of what a text earned. ``dense`` names
+    what the algorithm itself pays at every token: the KL to the reference, the teacher's log-ratio, the length penalty.
+    """
 
     name: str
     weight: float = 1.0
     discount: float = 1.0
     at: Literal["seen", "span"] = "seen"
+    final: bool = False
+    earned: bool = True
+    dense: Literal["", "kl", "teacher", "length"] = ""
 
 
 @dataclass
@@ -58,12 +67,14 @@ def place(marks: Marks, sources: Sequence[Source], mask: Tensor) -> Tensor:
     at = last[marks.row, known]
     assert bool((at >= 0).all()), "a mark lies before the first sampled token"
     rewards.index_put_((marks.row, marks.source, at), marks.value, accumulate=True)
-    for index in torch.nonzero(spans).flatten().tolist():
-        row, source = int(marks.row[index]), int(marks.source[index])
-        # With (1 - discount) of the value on the earlier tokens of the piece, each of them still gets it in full.
-        inside = slice(int(marks.start[index]), int(at[index]))
-        share = (1.0 - sources[source].discount) * marks.value[index]
-        rewards[row, source, inside] += share * mask[row, inside].to(rewards.dtype)
+    # With (1 - discount) of the value on the earlier tokens of the piece, each of them still gets it in full.
+    discounts = torch.tensor([one.discount for one in sources], dtype=rewards.dtype, device=mask.device)
+    earlier = torch.where(spans, at - marks.start, torch.zeros_like(at)).clamp(min=0)
+    mark = torch.repeat_interleave(earlier)
+    token = marks.start[mark] + torch.arange(len(mark), device=mask.device) - (earlier.cumsum(0) - earlier)[mark]
+    row, source = marks.row[mark], marks.source[mark]
+    share = (1.0 - discounts[source]) * marks.value[mark] * mask[row, token].to(rewards.dtype)
+    rewards.index_put_((row, source, token), share, accumulate=True)
     return rewards
 
 
@@ -162,16 +173,17 @@ def gae(
     values: Tensor,
     mask: Tensor,
     discount: float = 1.0,
-    lam: float = 0.95,
+    lam: float | Tensor = 0.95,
     bootstrap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation, Schulman et al. (2016), equation 16: advantages and returns, ``[B, L]`` each.
 
-    ``delta[t] = r[t] + discount * V[t+1] - V[t]``, ``A[t] = delta[t] + discount * lam * A[t+1]``, ``returns = A + V``,
-    where ``t+1`` is the next sampled token.
+    ``delta[t] = r[t] + discount * V[t+1] - V[t]``, ``A[t] = delta[t] + discount * lam * A[t+1]``, ``returns = A + V``
+    (the lambda-returns, TD(lambda)'s targets), where ``t+1`` is the next sampled token.
 
     Args:
         rewards, values, mask: ``[B, L]``; ``values[t]`` is the value of the text before token ``t``.
+        lam: one number, or one for each text, ``[B]``.
         bootstrap: ``[B]``, the value after the last token of a text that was cut off, 0 where it finished.
     """
     ones = torch.zeros_like(rewards)
@@ -184,7 +196,7 @@ def vtrace(
     log_ratio: Tensor,
     mask: Tensor,
     discount: float = 1.0,
-    lam: float = 1.0,
+    lam: float | Tensor = 1.0,
     rho_max: float = 1.0,
     c_max: float = 1.0,
     bootstrap: Tensor | None = None,
@@ -199,6 +211,7 @@ def vtrace(
 
     Args:
         log_ratio: ``[B, L]``, the policy's log-probability less the sampler's.
+        lam: one number, or one for each text, ``[B]``.
         bootstrap: ``[B]``, the value after the last token of a text that was cut off, 0 where it finished.
     """
     _same_shape(rewards, mask)
@@ -206,7 +219,8 @@ def vtrace(
     _same_shape(log_ratio, mask)
     on = mask.bool()
     ratio = log_ratio.detach().exp()
-    rho, c = ratio.clamp(max=rho_max), lam * ratio.clamp(max=c_max)
+    share = lam[:, None] if isinstance(lam, Tensor) else lam
+    rho, c = ratio.clamp(max=rho_max), share * ratio.clamp(max=c_max)
     next_value = torch.zeros_like(rewards[:, 0]) if bootstrap is None else bootstrap.to(rewards.dtype)
     next_target = next_value
     advantages, targets = torch.zeros_like(rewards), torch.zeros_like(rewards)
@@ -220,6 +234,77 @@ def vtrace(
         next_target = torch.where(on[:, t], target, next_target)
         next_value = torch.where(on[:, t], value, next_value)
     return advantages, targets
+
+
+def length_lambda(mask: Tensor, alpha: float) -> Tensor:
+    """The policy's lambda for each text, ``1 - 1 / (alpha * length)``, at least 0: ``[B]``.
+
+    Yue et al. (2025), "VAPO", section 4.2: with a fixed lambda the error of a token late in a long text hardly reaches
+    its beginning; with this one the sum of its weights grows with the length.
+
+    Args:
+        mask: ``[B, L]``; the length of a text is the number of its sampled tokens.
+    """
+    lengths = mask.bool().sum(1).clamp(min=1).double()
+    return (1.0 - 1.0 / (alpha * lengths)).clamp(min=0.0)
+
+
+def over_length(mask: Tensor, longest: int, soft: int) -> Tensor:
+    """The soft length penalty of Yu et al. (2025), "DAPO", equation 13, on each text's last sampled token: ``[B, L]``.
+
+    0 up to ``longest - soft`` sampled tokens, from there linearly down to -1 at ``longest``.
+    """
+    on = mask.bool()
+    lengths = on.sum(1)
+    penalty = ((longest - soft - lengths.double()) / soft).clamp(min=-1.0, max=0.0)
+    last = on & (on.long().cumsum(1) == lengths[:, None])
+    return torch.where(last, penalty[:, None], 0.0)
+
+
+def fold(values: Tensor, mask: Tensor, pieces: Tensor, take: Literal["sum", "first"]) -> Tensor:
+    """Tokens to pieces, ``[B, L]`` to ``[B, L]``: piece ``p`` of a text stands in column ``p``, 0 beyond the last one.
+
+    Args:
+        pieces: int64 ``[B, L]``, the number of the piece that a sampled token belongs to: 0, 1, ... in each text.
+        take: "sum" adds up a piece's tokens; "first" takes its first one (its value is that of the text before it).
+    """
+    on, zero = mask.bool(), torch.zeros_like(values)
+    index = torch.where(on, pieces, torch.zeros_like(pieces))
+    if take == "sum":
+        return zero.scatter_add(1, index, torch.where(on, values, zero))
+    before = torch.nn.functional.pad(
+        torch.where(on, index, torch.full_like(index, -1)).cummax(1).values, (1, -1), value=-1
+    )
+    first = on & (index > before)
+    return zero.scatter_add(1, index, torch.where(first, values, zero))
+
+
+def unfold(values: Tensor, mask: Tensor, pieces: Tensor) -> Tensor:
+    """Pieces back to tokens, ``[B, L]``: each sampled token gets what its piece has; 0 where the mask is off."""
+    on = mask.bool()
+    index = torch.where(on, pieces, torch.zeros_like(pieces))
+    return torch.where(on, values.gather(1, index), torch.zeros_like(values))
+
+
+def best_of_group(totals: Tensor, group: Tensor, keep: int) -> Tensor:
+    """1 for the ``keep`` texts of each group with the highest totals, 0 for the others: ``[B]``.
+
+    Equals at the edge share what is left of it, so that nothing hangs on their order.
+    """
+    higher = (totals[None, :] > totals[:, None]) & (group[None, :] == group[:, None])
+    equal = (totals[None, :] == totals[:, None]) & (group[None, :] == group[:, None])
+    left = (keep - higher.sum(1)).clamp(min=0).to(totals.dtype)
+    return (left / equal.sum(1)).clamp(max=1.0)
+
+
+def exponential_weights(advantages: Tensor, mask: Tensor, beta: float, most: float) -> Tensor:
+    """``min(exp(A / beta), most)`` where the mask is on, ``[B, L]``.
+
+    Peng et al. (2019), "Advantage-weighted regression", equation 9, with the bound that they use in practice.
+    """
+    _same_shape(advantages, mask)
+    weights = (advantages / beta).clamp(max=math.log(most)).exp()
+    return torch.where(mask.bool(), weights, torch.zeros_like(weights))
 
 
 def _last_sampled(on: Tensor) -> Tensor:

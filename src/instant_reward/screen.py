@@ -29,7 +29,15 @@ FAINT = 0.2
 STOP_SIGNS = {"ended": "■", "length": "…", "stopped": "✂"}
 _GOOD, _BAD, _GREY = (22, 163, 74), (229, 62, 62), (140, 140, 140)
 _BARS, _ASCII_BARS = "▁▂▃▄▅▆▇█", "_.:-=+*#"
-_TABLE_KEYS = {"kl": "KL", "entropy": "entropy", "loss": "loss", "tokens_per_second": "tokens/s"}
+_TABLE_KEYS = {
+    "kl": "KL",
+    "teacher_kl": "KL to the teacher",
+    "explained_variance": "critic explains",
+    "entropy": "entropy",
+    "loss": "loss",
+    "tokens_per_second": "tokens/s",
+}
+_LINE_KEYS = ("kl", "teacher_kl", "explained_variance", "entropy")
 _PROMPT_TAIL = 160
 _BIDI_CONTROLS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F}
 
@@ -291,9 +299,9 @@ class Screen:
         )
 
     def _line(self) -> str:
-        others = ("reward", "kl", "entropy")
+        others = ("reward", *_LINE_KEYS)
         parts = [f"step {self._step}/{self.total_steps}"]
-        for key in ("reward", *self._sources(), "kl", "entropy"):
+        for key in ("reward", *self._sources(), *_LINE_KEYS):
             if key in self._metrics:
                 # A source may be called "kl" too: it then keeps its prefix.
                 short = key.removeprefix("reward/")

@@ -8,27 +8,30 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from instant_reward import algorithms, assemble, data
+from instant_reward import algorithms, assemble
 from instant_reward._callable import make_callable
-from instant_reward.batch import collate
+from instant_reward.batch import Batch, Learner, collate
+from instant_reward.collect import Given, Replay, Sampled, check_source, numbered, texts_of
 from instant_reward.config import Config
 from instant_reward.policies.causal import CausalPolicy, load_policy
 from instant_reward.policies.optimizer import Optimization
+from instant_reward.policies.teacher import shown_to_teacher
+from instant_reward.presets import preset_of
 from instant_reward.progress import Metrics
 from instant_reward.records import rollout_record
 from instant_reward.rewards.base import Reward, as_rewards
 from instant_reward.run import Run
 from instant_reward.sampling.draw import Settings
-from instant_reward.sampling.engine import Engine, in_order
+from instant_reward.sampling.engine import Engine
 from instant_reward.screen import Screen
-from instant_reward.types import Prompt, UserError
+from instant_reward.types import Carried, Rollout, UserError
 
 Extra = Callable[[CausalPolicy, int], Mapping[str, float]]
 
@@ -38,6 +41,8 @@ class Job:
     """Everything a run needs, loaded and checked.
 
     Attributes:
+        texts: where each step's texts come from; replay: earlier ones that join them.
+        carried: what the algorithm carries to the next step.
         above: for how many steps in a row the metric of ``train.stop_when`` has been above its target.
         interrupted: set by Ctrl-C; the step in hand is finished and saved.
     """
@@ -46,8 +51,10 @@ class Job:
     run: Run
     policy: CausalPolicy
     rewards: list[Reward]
-    prompts: data.Prompts[Prompt]
+    texts: Sampled | Given
     algorithm: algorithms.Algorithm
+    replay: Replay | None = None
+    carried: Carried = field(default_factory=Carried)
     above: int = 0
     interrupted: bool = field(default=False, repr=False)
 
@@ -62,22 +69,20 @@ def learn(job: Job, screen: Screen, extra: Extra | None = None) -> Run:
     sampler = Engine(policy, sampling_settings(job.config), version=run.step)
     for step in range(run.step + 1, config.steps + 1):
         metrics = Metrics(job.rewards, algorithm.sources, sampler.count)
-        stream = sampler.stream(job.prompts.batch(step), config.group_size, job.rewards, job.config.seed, step)
-        rollouts = in_order(stream)
-        metrics.sampled(rollouts)
-        batch = policy.annotate(collate(rollouts, algorithm.sources, policy.pad_id), config.tokens_per_part)
-        batch = algorithm.credit(batch)
-        for epoch in range(job.config.algorithm.epochs):
-            for minibatch in batch.minibatches(job.config.algorithm.minibatches, seed=step * 1000 + epoch):
-                for part in minibatch.parts(config.tokens_per_part):
-                    output = policy(part)
-                    loss = algorithm.loss(output.logprobs, part)
-                    policy.backward(loss.loss)
-                    metrics.learned(output, loss, part)
-                metrics.stepped(policy.step())
+        fresh = job.texts.groups(sampler, step)
+        older = job.replay.exchange(fresh, step) if job.replay else []
+        rollouts = numbered([*fresh, *older])
+        metrics.sampled(rollouts[: sum(map(len, fresh))], job.texts.skipped)
+        batch = algorithm.credit(policy.annotate(collated(job, rollouts), config.tokens_per_part))
+        update(policy, algorithm, batch, job.config, step, metrics)
         sampler.load(policy, version=step)
-        row = {**metrics.row(batch, sampler.count), **(extra(policy, step) if extra else {})}
-        run.record(step, row, [rollout_record(rollout) for rollout in rollouts[: config.group_size]])
+        row = metrics.row(batch, sampler.count)
+        job.carried = algorithm.adapt(batch, row)
+        if job.config.algorithm.reset_reference and step % job.config.algorithm.reset_reference == 0:
+            policy.reset_reference()
+        row |= extra(policy, step) if extra else {}
+        kept = fresh if config.samples == "all" else fresh[:1]
+        run.record(step, row, [rollout_record(rollout) for rollout in numbered(kept)])
         screen.update(step, row, rollouts[0])
         reached = _target_reached(job, row)
         last = step == config.steps or reached or job.interrupted
@@ -86,6 +91,53 @@ def learn(job: Job, screen: Screen, extra: Extra | None = None) -> Run:
         if last:
             break
     return run
+
+
+def collated(job: Job, rollouts: Sequence[Rollout]) -> Batch:
+    """The step's texts as a batch, with the pieces that are its actions and what the teacher reads."""
+    algorithm, policy = job.config.algorithm, job.policy
+    batch = collate(rollouts, job.algorithm.sources, policy.pad_id, pieces=algorithm.pieces)
+    batch.carried = job.carried
+    if algorithm.teacher is not None and algorithm.teacher.sees is not None:
+        batch.shown = shown_to_teacher(
+            rollouts, algorithm.teacher.sees, policy.tokenizer, policy.pad_id, policy.context
+        )
+    return batch
+
+
+def update(
+    policy: Learner,
+    algorithm: algorithms.Algorithm,
+    batch: Batch,
+    config: Config,
+    step: int,
+    metrics: Metrics | None = None,
+) -> None:
+    """The optimizer steps of one batch: so many passes, each in so many minibatches, until the policy is too far off.
+
+    Args:
+        batch: credited.
+        step: which minibatches are drawn hangs on it.
+        metrics: takes in what happened, where someone wants to know.
+    """
+    for epoch in range(config.algorithm.epochs):
+        for minibatch in batch.minibatches(config.algorithm.minibatches, seed=step * 1000 + epoch):
+            gone = 0.0
+            for part in minibatch.parts(config.train.tokens_per_part):
+                output = policy(part)
+                loss = algorithm.loss(output, part)
+                policy.backward(loss.loss)
+                if metrics is not None:
+                    metrics.learned(output, loss, part)
+                gone += loss.metrics.get("ratio_kl", 0.0)
+            if config.algorithm.stop_kl is not None and gone > config.algorithm.stop_kl:
+                policy.forget()
+                if metrics is not None:
+                    metrics.stopped_early()
+                return
+            said = policy.step()
+            if metrics is not None:
+                metrics.stepped(said)
 
 
 def train(
@@ -169,16 +221,17 @@ def prepare(config: Config, rewards: Sequence[Any] | None = None, resume: bool =
         torch.set_num_threads(config.train.threads)
     _seed_everything(config.seed)
     named = as_rewards(rewards) if rewards is not None else assemble.build_rewards(config.rewards)
-    if not any(one.train for one in named):
-        raise UserError("rewards: there is none to learn from; give at least one reward function")
     algorithm = algorithms.build(config.algorithm, named, config.sampling.max_new_tokens)
-    rows = assemble.load_prompt_rows(config.data)
+    check_source(config, algorithm.preset)
+    rows = [] if config.data.rollouts else assemble.load_prompt_rows(config.data)
     policy = _load_policy(config)
-    limit = min(policy.context, config.model.max_context or policy.context) - config.sampling.max_new_tokens
-    ready = data.to_prompts(rows, policy.tokenizer, column=config.data.column, max_tokens=limit)
+    texts = texts_of(config, rows, policy, named, algorithm)
     run = Run.create(config.out, config, resume=resume)
     run.policy = policy
     updates = config.train.steps * config.algorithm.epochs * config.algorithm.minibatches
+    needs = algorithm.needs
+    if (isinstance(texts, Given) or config.train.replay) and (needs.reference or needs.teacher is not None):
+        needs = replace(needs, proximal=True)  # the sampler's log-probabilities are not the policy's own
     policy.prepare(
         Optimization(
             learning_rate=config.train.learning_rate,
@@ -188,9 +241,11 @@ def prepare(config: Config, rewards: Sequence[Any] | None = None, resume: bool =
             weight_decay=config.train.weight_decay,
             max_grad_norm=config.train.max_grad_norm,
         ),
-        reference=config.algorithm.kl > 0,
+        needs,
     )
-    job = Job(config, run, policy, named, data.Prompts(ready, config.train.prompts_per_step, config.seed), algorithm)
+    kept = config.train.replay
+    replayed = Replay(kept.groups, kept.staleness, config.seed) if kept else None
+    job = Job(config, run, policy, named, texts, algorithm, replayed)
     checkpoint = run.latest_checkpoint() if resume else None
     if checkpoint is not None:
         _load(job, checkpoint)
@@ -209,6 +264,10 @@ def load_run_policy(path: str | Path) -> tuple[CausalPolicy, Config]:
         raise UserError(f"{path} has no checkpoint yet; let it train to its first one (train.save_every) or its end")
     policy = _load_policy(run.config)
     policy.load_weights(checkpoint)
+    preset = preset_of(run.config.algorithm)
+    critic = algorithms.needs(run.config.algorithm, preset, 1).critic
+    if preset.loss == "ilql" and critic is not None and critic.model == "head":  # it may guide the decoding
+        policy.load_critic(checkpoint, critic)
     return policy, run.config
 
 
@@ -266,8 +325,11 @@ def _save(job: Job, folder: Path) -> None:
     """What the loop needs to go on bit for bit: weights, optimizer, schedule, random states, counters."""
     job.policy.save_state(folder)
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    if job.replay is not None:
+        job.replay.save(folder / "replay.jsonl")
     state = {
         "above": job.above,
+        "carried": asdict(job.carried),
         "python": random.getstate(),
         "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
         "torch": torch.get_rng_state().tolist(),
@@ -279,6 +341,9 @@ def _load(job: Job, folder: Path) -> None:
     job.policy.load_state(folder)
     state = json.loads((folder / "state.json").read_text())
     job.above = state["above"]
+    job.carried = Carried(**state["carried"])
+    if job.replay is not None:
+        job.replay.load(folder / "replay.jsonl")
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(state["numpy"]))

@@ -85,6 +85,8 @@ class View:
         info: the data set's other columns.
         done: whether the text has ended with this piece.
         tokens: how many tokens the piece has (a list of values must have this many).
+        sampled: how many sampled tokens were read to fix this view, the one that showed that the piece had ended
+            included: the last of them is where the view's mark is paid (``at="seen"``).
     """
 
     text: str
@@ -93,6 +95,7 @@ class View:
     info: Mapping[str, Any]
     done: bool
     tokens: int = 1
+    sampled: int = 1
 
     def span(self, value: float, start: int, end: int) -> Span:
         """A value for the characters ``[start, end)`` of ``text``."""
@@ -139,12 +142,107 @@ class Rollout:
         return sum(mark.value for mark in self.marks if source is None or mark.source == source)
 
 
+@dataclass(frozen=True)
+class Carried:
+    """What an algorithm carries from one step to the next: plain numbers, kept in checkpoints.
+
+    Attributes:
+        step: how many steps it has taken.
+        kl, entropy: the coefficients as they are now, where they adapt; None before the first step.
+        mean_return: the running mean of the returns, and ``mean_weight`` how much of it is known (0 to 1).
+    """
+
+    step: int = 0
+    kl: float | None = None
+    entropy: float | None = None
+    mean_return: float = 0.0
+    mean_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class CriticNeed:
+    """What kind of critic an algorithm asks a policy for.
+
+    Attributes:
+        model: "head" on the policy's own trunk, "copy" for a trunk of its own that begins as the policy's, or the name
+            of another model with the same tokenizer.
+        outputs: how many values each prefix has (one per reward source).
+        tables: how many Q functions over the vocabulary it has beside them.
+        detach: whether a head on the shared trunk sends no gradient into it.
+        learning_rate: of its own optimizer group; None for the policy's.
+        beyond: whether anything is expected after the end of a text that was cut off.
+        target_rate: how far the slow copy of its Q functions follows at each step; 0 for no slow copy.
+    """
+
+    model: str = "copy"
+    outputs: int = 1
+    tables: int = 0
+    detach: bool = True
+    learning_rate: float | None = None
+    beyond: bool = True
+    target_rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class TeacherNeed:
+    """A teacher for the policy's own texts.
+
+    Attributes:
+        model: another model; None for the policy as it was before training.
+        whole: the KL to it over the whole vocabulary, with gradient.
+        baseline: that KL at each prefix, without gradient.
+    """
+
+    model: str | None = None
+    whole: bool = False
+    baseline: bool = False
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an algorithm asks of a policy besides log-probabilities.
+
+    Attributes:
+        learns: the policy itself has a loss; without, its log-probabilities need no gradient.
+        reference: log-probabilities under the policy as it was before training.
+        proximal: log-probabilities under the policy as it is when the step begins.
+        entropy: the entropy with gradient.
+        critic: values, or Q functions.
+        top_actions: the sum over next tokens goes over so many of the likeliest ones; 0 for all of them, None for no
+            such sum.
+        teacher: log-probabilities under a teacher.
+    """
+
+    learns: bool = True
+    reference: bool = False
+    proximal: bool = False
+    entropy: bool = False
+    critic: CriticNeed | None = None
+    top_actions: int | None = None
+    teacher: TeacherNeed | None = None
+
+
 @dataclass
 class PolicyOutput:
-    """``logprobs`` ``[B, L]`` with gradient (0 where the mask is off), and ``entropy`` ``[B, L]`` in nats, detached."""
+    """What a policy says of a batch's sampled tokens; 0 where the mask is off.
+
+    Attributes:
+        logprobs: ``[B, L]``, with gradient.
+        entropy: ``[B, L]`` in nats; with gradient only where it was asked for.
+        values: ``[B, K, L]``, the critic's value before each token, with gradient into the critic.
+        chosen: ``[B, N, L]``, each Q function's value of the token that was sampled, with gradient into the critic.
+        spread: ``[B, N, L]``, the log-sum-exp of each Q function over the vocabulary, with gradient into the critic.
+        expected: ``[B, L]``, the sum over next tokens of probability times advantage, with gradient into the policy.
+        divergence: ``[B, L]``, the KL to the teacher over the whole vocabulary, with gradient.
+    """
 
     logprobs: Tensor
     entropy: Tensor | None = None
+    values: Tensor | None = None
+    chosen: Tensor | None = None
+    spread: Tensor | None = None
+    expected: Tensor | None = None
+    divergence: Tensor | None = None
 
 
 @dataclass

@@ -11,12 +11,13 @@ from torch import Tensor
 
 import instant_reward as ir
 from exact.world import REINFORCE, World, angle_differs, chance, differ, same
-from instant_reward import algorithms, credit
-from instant_reward.algorithms import PRESETS, Preset
+from instant_reward import credit
 from instant_reward.batch import Batch
+from instant_reward.crediting import credit_batch
+from instant_reward.presets import PRESETS, Preset
 
 torch.set_num_threads(1)
-RLOO = partial(algorithms.credit_batch, preset=PRESETS["rloo"])
+RLOO = partial(credit_batch, preset=PRESETS["rloo"])
 FINAL = ir.reward(every="end", name="final")(lambda view: chance(view.text))
 WORDS = ir.reward(every="word", name="words", discount=0.6)(lambda view: chance(f"{view.text} word"))
 
@@ -52,7 +53,7 @@ def test_the_mean_with_itself_is_a_shorter_step(world: World) -> None:
     G - (G + G') / 2 = (G - G') / 2
     """
     preset = Preset("to_go", "group_mean", "none", "policy_gradient", "text")
-    step = world.expected_step([FINAL, WORDS], partial(algorithms.credit_batch, preset=preset), siblings=2)
+    step = world.expected_step([FINAL, WORDS], partial(credit_batch, preset=preset), siblings=2)
     assert same(step, world.expected_step([FINAL, WORDS]) / 2)
 
 
@@ -64,8 +65,8 @@ def test_dividing_by_the_groups_deviation_turns_the_step(world: World) -> None:
     exact = world.gradient([chance(rollout.text) for rollout in world.rollouts([])])
     divided = replace(PRESETS["grpo"], normalise="text")
     kept = replace(divided, scale="none")
-    assert same(world.expected_step([FINAL], partial(algorithms.credit_batch, preset=kept), siblings=2), exact / 2)
-    step = world.expected_step([FINAL], partial(algorithms.credit_batch, preset=divided), siblings=2)
+    assert same(world.expected_step([FINAL], partial(credit_batch, preset=kept), siblings=2), exact / 2)
+    step = world.expected_step([FINAL], partial(credit_batch, preset=divided), siblings=2)
     assert angle_differs(step, exact)
 
 
@@ -76,7 +77,7 @@ def test_summing_over_the_text_is_unbiased(world: World) -> None:
     """
     words = WORDS.but(discount=1.0)
     whole = Preset("whole", "leave_one_out", "none", "policy_gradient", "text")
-    step = world.expected_step([words], partial(algorithms.credit_batch, preset=whole), siblings=2)
+    step = world.expected_step([words], partial(credit_batch, preset=whole), siblings=2)
     assert same(step, world.expected_step([words]))
     assert differ(step, world.expected_step([WORDS])), "the discount is lost with the timing"
 
@@ -121,7 +122,7 @@ def test_equals_get_zeros(returns: str, baseline: str, scale: str, dtype: torch.
     # 0.1, 0.3, ...: numbers whose sums round, each group another one.
     value = (torch.arange(6, dtype=dtype) * 0.2 + 0.1).repeat_interleave(7)
     batch = _final_batch(value, group, dtype)
-    advantages = algorithms.credit_batch(batch, preset).advantages
+    advantages = credit_batch(batch, preset).advantages
     assert advantages is not None
     assert torch.equal(advantages, torch.zeros_like(advantages))
 
@@ -152,8 +153,8 @@ def test_one_without_siblings_has_no_baseline() -> None:
     """A text without siblings gets 0 for a baseline, and no NaN for a deviation."""
     value, group = torch.tensor([0.5, 0.1, 0.2]), torch.tensor([7, 3, 3])
     batch = _final_batch(value, group, torch.float32)
-    assert algorithms.credit_batch(batch, PRESETS["rloo"]).advantages[0, -1] == 0.5
-    grpo = algorithms.credit_batch(batch, PRESETS["grpo"]).advantages
+    assert credit_batch(batch, PRESETS["rloo"]).advantages[0, -1] == 0.5
+    grpo = credit_batch(batch, PRESETS["grpo"]).advantages
     assert grpo[0, -1] == 0.0
     assert bool(torch.isfinite(grpo).all())
     assert credit.group_deviation(value, group)[0] == 0.0

@@ -13,10 +13,11 @@ from torch import Tensor
 import instant_reward as ir
 from exact.world import PLAIN, PROMPT, REINFORCE, Credit, World, angle_differs, chance, differ, same
 from instant_reward import algorithms, losses
-from instant_reward.algorithms import PRESETS
 from instant_reward.batch import Batch, collate
 from instant_reward.config import AlgorithmConfig
 from instant_reward.credit import Source
+from instant_reward.crediting import credit_batch
+from instant_reward.presets import PRESETS, Preset
 from instant_reward.types import LossOutput
 
 torch.set_num_threads(1)
@@ -98,14 +99,15 @@ def test_metrics_say_how_far_the_sampler_is() -> None:
             assert sum(part[key] for part in parts) == pytest.approx(value)
 
 
-def with_kl(world: World, reference: World, weight: float = 1.0, preset: algorithms.Preset = PLAIN) -> Credit:
+def with_kl(world: World, reference: World, weight: float = 1.0, preset: Preset = PLAIN) -> Credit:
     """The credit of a preset, with the reference's log-probabilities annotated."""
     table = reference.logprobs().detach()
 
     def credit(batch: Batch) -> Batch:
         ids = [batch.token_ids[row, FIRST : int(batch.length[row])].tolist() for row in range(len(batch))]
         known = table[[world.texts.index(text) for text in ids]]
-        return algorithms.credit_batch(replace(batch, ref_logprobs=known), preset, weight)
+        sources = [*batch.sources, Source("kl", weight, dense="kl")]
+        return credit_batch(replace(batch, sources=sources, ref_logprobs=known), preset)
 
     return credit
 

@@ -206,3 +206,50 @@ def test_pieces_are_the_whole_text(text: list[int], every: Any) -> None:
         assert sorted(counted) == list(range(rollout.start, len(rollout.token_ids)))
     elif every in ("word", "sentence") and rollout.text:  # a token may hold the end of one piece and the next
         assert set(counted) == set(range(rollout.start, len(rollout.token_ids)))
+
+
+def test_what_would_lose_a_marks_place_is_noticed() -> None:
+    """A text that the tokenizer would cut otherwise: its marks keep their tokens; told by tokenising anew, they move.
+
+    sum over tokens of the rewards = sum of the marks, each at the token that was sampled
+    """
+    encode = shared_tokenizer().encode
+    text = [*encode(" g"), *encode("ood"), *encode("你"), STEP_ID, *encode(" bad"), END_ID]  # not as it would encode it
+    each = ir.reward(every="word", name="each")(lambda view: [0.5 + number for number in range(view.tokens)])
+    rollout = watch_live([each], [text])[0]
+    assert {mark.start - rollout.start for mark in rollout.marks} == set(range(len(text))), "every sampled token"
+    anew = encode(rollout.text)
+    assert shared_tokenizer().decode(anew) == rollout.text
+    assert len(anew) < len(text) - 2
+
+    def retold(mark: Mark) -> Mark:
+        """Wrong on purpose: the token of the mark's first character, in the text tokenised anew."""
+        before = ([0] * rollout.start + rollout.char_ends[rollout.start :])[mark.start - 1]
+        lengths = [len(shared_tokenizer().decode(anew[: count + 1])) for count in range(len(anew))]
+        token = rollout.start + sum(length <= before for length in lengths)
+        return Mark(mark.value, token, token + 1, mark.source, mark.seen)
+
+    moved = [retold(mark).start for mark in rollout.marks]
+    assert moved != [mark.start for mark in rollout.marks]
+    assert len(set(moved)) < len({mark.start for mark in rollout.marks}), "two tokens' marks on one"
+
+
+def test_a_reward_that_looks_beyond_its_view_is_noticed() -> None:
+    """Live equals replay because a view hides the future; a function that finds it elsewhere is told apart.
+
+    Wrong on purpose: what it answers hangs on how much of the text had been written when it was asked.
+    """
+    text = shared_tokenizer().encode(" the movie was good.")
+    written: list[int] = []
+
+    @ir.reward(every="word")
+    def peeking(view: ir.View) -> float:
+        return float(len(written))
+
+    watch = ir.Watch([peeking], DECODER)
+    watch.open(0, PROMPTS[0])
+    for number, token in enumerate(text):
+        written.append(token)
+        watch.feed(0, [token], number == len(text) - 1)
+    rollout = _rollout(PROMPTS[0], text, *watch.close(0), False)
+    assert ir.replay([peeking], rollout) != rollout.marks

@@ -49,10 +49,11 @@ def credited(name: str = "rloo", kl: float = 0.2) -> tuple[Algorithm, Batch, Cau
         generator = torch.Generator().manual_seed(1)
         for parameter in policy.model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    policy.prepare(Optimization(learning_rate=0.1), reference=True)
     timing = "ignore" if PRESETS[name].returns == "whole" else "keep"
-    config = AlgorithmConfig(name=name, kl=kl, timing=timing, clip_low=0.05, clip_high=0.05)
+    bounds = {"clip_low": 0.05, "clip_high": 0.05} if PRESETS[name].loss == "clipped" else {}
+    config = AlgorithmConfig(name=name, kl=kl, timing=timing, **bounds)
     algorithm = algorithms.build(config, rewards(), SETTINGS.max_new_tokens)
+    policy.prepare(Optimization(learning_rate=0.1), algorithm.needs)
     batch = policy.annotate(collate(texts, algorithm.sources, policy.pad_id, dtype=torch.float64))
     return algorithm, algorithm.credit(batch), policy
 
@@ -69,6 +70,10 @@ def gradient(
         for key, value in output.metrics.items():
             metrics[key] = metrics.get(key, 0.0) + value
     return torch.cat([parameter.grad.flatten() for parameter in policy.model.parameters()]), metrics
+
+
+def _loss_of(algorithm: Algorithm, logprobs: Tensor, part: Batch) -> ir.LossOutput:
+    return algorithm.loss(ir.PolicyOutput(logprobs), part)
 
 
 @pytest.mark.parametrize("normalise", NORMALISE)
@@ -116,13 +121,13 @@ def test_both_layouts_are_one_step(kind: models.Kind, monkeypatch: pytest.Monkey
         values = policy(part)
         monkeypatch.setattr(layout, "SHARED_LIMIT", 10**6)
         shared = layout._shared(part, layout._sibling_rows(part), 200)
-        monkeypatch.setattr("instant_reward.policies.causal.lay_out", lambda _, shared=shared: shared)
+        monkeypatch.setattr("instant_reward.policies.states.lay_out", lambda _, shared=shared: shared)
         found, _ = gradient(policy, [part], loss)
         assert same(found, plain)
         assert same(policy(part).logprobs, values.logprobs)
         assert same(policy(part).entropy, values.entropy)
         leaky = replace(shared, attention_mask=torch.ones_like(shared.attention_mask).tril())
-        monkeypatch.setattr("instant_reward.policies.causal.lay_out", lambda _, leaky=leaky: leaky)
+        monkeypatch.setattr("instant_reward.policies.states.lay_out", lambda _, leaky=leaky: leaky)
         if len(part) > 2:
             assert differ(gradient(policy, [part], loss)[0], plain), "siblings see each other"
         monkeypatch.undo()
@@ -141,7 +146,7 @@ def test_presets_take_one_step_whatever_the_split(name: str) -> None:
     moved = []
     for tokens in (WHOLE, 70, 1):
         algorithm, batch, policy = credited(name)
-        gradient(policy, batch.parts(tokens), algorithm.loss)
+        gradient(policy, batch.parts(tokens), partial(_loss_of, algorithm))
         policy.step()
         moved.append(torch.cat([parameter.detach().flatten() for parameter in policy.model.parameters()]))
     assert differ(moved[0], torch.cat([p.detach().flatten() for p in credited(name)[2].model.parameters()]))

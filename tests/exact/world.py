@@ -2,7 +2,7 @@
 
 A policy is one free row of logits for each prefix. Expectations are sums weighted by probability, so a gradient
 estimator is compared with the gradient of what it estimates to the last digits. Estimators are built from the
-library's own functions: a live ``Watch`` makes the marks, ``collate`` the batch, ``algorithms.credit_batch`` the
+library's own functions: a live ``Watch`` makes the marks, ``collate`` the batch, ``credit_batch`` the
 advantages, ``losses`` the loss.
 """
 
@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cached_property, partial
-from itertools import product
+from itertools import combinations_with_replacement, permutations, product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from instant_reward import algorithms, losses
-from instant_reward.algorithms import Preset
+from instant_reward import losses
 from instant_reward.batch import Batch, collate
-from instant_reward.credit import Source
+from instant_reward.credit import Marks, Source
+from instant_reward.crediting import credit_batch
+from instant_reward.presets import Preset
 from instant_reward.rewards.base import as_rewards
 from instant_reward.rewards.watch import Watch
 from instant_reward.text import TextDecoder
-from instant_reward.types import LossOutput, Prompt, Rollout
+from instant_reward.types import Every, LossOutput, Prompt, Rollout
 
 LONGEST = 4
 END = 2
@@ -39,7 +40,7 @@ Credit = Callable[[Batch], Batch]
 Loss = Callable[[Tensor, Batch], LossOutput]
 
 PLAIN = Preset("to_go", "none", "none", "policy_gradient", "text")
-REINFORCE: Credit = partial(algorithms.credit_batch, preset=PLAIN)
+REINFORCE: Credit = partial(credit_batch, preset=PLAIN)
 
 
 class Letters:
@@ -66,7 +67,8 @@ class World:
     """
 
     def __init__(self, alphabet: tuple[str, str] = ("a", " "), seed: int = 0) -> None:
-        self.decoder = TextDecoder(Letters(*alphabet))
+        self.letters = Letters(*alphabet)
+        self.decoder = TextDecoder(self.letters)
         self.texts = list(_texts())
         prefixes = sorted({tuple(text[:count]) for text in self.texts for count in range(len(text))})
         self.row_of = {prefix: row for row, prefix in enumerate(prefixes)}
@@ -132,6 +134,10 @@ class World:
         loss: Loss = losses.policy_gradient,
         siblings: int = 1,
         marks: Callable[[Rollout], Rollout] = lambda rollout: rollout,
+        *,
+        sampler: World | None = None,
+        pieces: Every | None = None,
+        apart: bool = False,
     ) -> Tensor:
         """The expected direction of a step: less the expected gradient of the loss of one group of ``siblings``.
 
@@ -140,23 +146,33 @@ class World:
 
         Args:
             marks: changes rollouts before they are credited, to build something wrong on purpose.
+            sampler: who writes the texts; the policy itself where nobody is named.
+            pieces: where pieces end, where they are the actions.
+            apart: each group is a batch of its own, for credit that compares all texts of a batch.
         """
         named = as_rewards(rewards)
         sources = [Source(one.name, one.weight, 1.0 if one.discount is None else one.discount, one.at) for one in named]
-        rollouts = [marks(rollout) for rollout in self.rollouts(named)]
-        groups = list(product(range(len(self.texts)), repeat=siblings))
+        writer = self if sampler is None else sampler
+        rollouts = [marks(rollout) for rollout in writer.rollouts(named)]
+        groups = list(combinations_with_replacement(range(len(self.texts)), siblings))
+        # Every other group the other way round, so that nothing hangs on which of its texts comes first.
+        groups = [group[::-1] if number % 2 else group for number, group in enumerate(groups)]
         # Siblings apart from each other, so that nothing hangs on their order.
         chosen = [(group, members[place]) for place in range(siblings) for group, members in enumerate(groups)]
-        batch = credit(
-            collate([replace(rollouts[text], group=group) for group, text in chosen], sources, dtype=torch.float64)
-        )
-        logprobs, weights = self.logprobs(), self.probabilities().detach()
+        numbered = [replace(rollouts[text], group=group) for group, text in chosen]
+        batch = collate(numbered, sources, dtype=torch.float64, pieces=pieces)
+        batch = batch if apart else credit(batch)
+        logprobs, weights = self.logprobs(), writer.probabilities().detach()
         total = torch.zeros((), dtype=torch.float64)
         for number, members in enumerate(groups):
-            part = batch.select([place * len(groups) + number for place in range(siblings)])
+            rows = [place * len(groups) + number for place in range(siblings)]
+            part = batch.select(rows)
+            if apart:
+                part = credit(replace(part, marks=_of_rows(part.marks, rows)))
             part = replace(part, text_count=siblings, token_count=int(part.mask.sum()))
             width = part.token_ids.shape[1]
-            total = total + weights[list(members)].prod() * loss(logprobs[list(members), :width], part).loss
+            orders = len(set(permutations(members)))
+            total = total + orders * weights[list(members)].prod() * loss(logprobs[list(members), :width], part).loss
         return -_gradient(total, self.logits)
 
 
@@ -166,6 +182,14 @@ def _texts() -> Iterator[list[int]]:
             yield [*prefix, END]
     for text in product(range(END), repeat=LONGEST):
         yield list(text)
+
+
+def _of_rows(marks: Marks, rows: Sequence[int]) -> Marks:
+    """The marks of these rows alone, which come to stand in this order."""
+    chosen = [index for index, row in enumerate(marks.row.tolist()) if row in rows]
+    taken = {one.name: getattr(marks, one.name)[chosen] for one in fields(marks)}
+    taken["row"] = torch.tensor([rows.index(row) for row in taken["row"].tolist()], dtype=torch.long)
+    return Marks(**taken)
 
 
 def _gradient(scalar: Tensor, parameter: Tensor) -> Tensor:

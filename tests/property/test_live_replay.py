@@ -32,7 +32,8 @@ CUTS: list[Any] = [
     lambda rest: len(rest) >= 6,
     lambda rest: rest.find("o") + 1,
 ]
-FORMS = ("view", "text", "columns", "batched", "state", "batched state", "change", "batched change")
+FORMS = ("view", "text", "columns", "batched", "state", "batched state")
+FORMS += ("change", "batched change", "potential", "batched potential")
 
 
 def pairs(run: str) -> list[str]:
@@ -52,10 +53,12 @@ class Spec:
 
     def reward(self, name: str) -> Any:
         """A fresh reward, which shares nothing with another one of the same spec but ``views``."""
-        if "change" in self.form:
-            batched = self.form == "batched change"
+        if "change" in self.form or "potential" in self.form:
+            batched = self.form.startswith("batched")
             score = (lambda texts: [self.score(text) for text in texts]) if batched else self.score
-            return ir.change(score, every=self.every, batched=batched, name=name)
+            if "change" in self.form:
+                return ir.change(score, every=self.every, batched=batched, name=name)
+            return ir.potential(score, 0.75, every=self.every, batched=batched, name=name)
         functions: dict[str, Any] = {
             "view": self.value,
             "text": self.score,
@@ -81,7 +84,7 @@ class Spec:
 
     def value(self, view: ir.View, *state: Any) -> Any:
         self.views.append(view)
-        number = self.chance(view.text, view.piece, view.done, view.tokens, view.prompt, *state)
+        number = self.chance(view.text, view.piece, view.done, view.tokens, view.sampled, view.prompt, *state)
         value, kind = number % 64 / 8, number // 64 % 12
         if kind < 5:
             return value
@@ -217,6 +220,9 @@ def test_live_equals_replay(chosen: list[Spec], texts: list[tuple[list[int], Sto
         assert ir.replay(named(chosen), rollout) == rollout.marks
     for spec, seen in zip(chosen, live, strict=True):  # beside each other live, one after the other in replay
         assert sorted(map(repr, spec.views)) == sorted(map(repr, seen))
+    for rollout in rollouts:
+        for one in named(chosen):  # also where another reward stopped the text
+            assert ir.replay([one], rollout) == [mark for mark in rollout.marks if mark.source == one.name]
 
 
 @given(chosen=specs(), ids=token_lists(), data=st.data())
@@ -242,11 +248,11 @@ def test_no_mark_depends_on_the_tokens_after_those_it_has_seen(
     assert known[0] == known[1]
 
 
-@given(chosen=specs(stops=False), ids=token_lists())
+@given(chosen=specs(stops=False), ids=token_lists(), last=st.sampled_from([END, STEP, "a", "Ġgood"]))
 @settings(max_examples=50)
-def test_views_together_show_the_text_once(chosen: list[Spec], ids: list[int]) -> None:
-    end = shared_tokenizer().convert_tokens_to_ids(END)
-    (rollout,) = write(named(chosen), [([*ids, end], "ended")], lambda: 1)
+def test_views_together_show_the_text_once(chosen: list[Spec], ids: list[int], last: str) -> None:
+    ids = [*ids, shared_tokenizer().convert_tokens_to_ids(last)]
+    (rollout,) = write(named(chosen), [(ids, "ended" if last == END else "length")], lambda: 1)
     for spec in chosen:
         if spec.form in ("view", "batched", "state", "batched state"):
             assert "".join(view.piece for view in spec.views) == rollout.text
@@ -265,6 +271,17 @@ def test_the_changes_of_a_score_sum_to_its_last_value_less_its_first(
     spec = Spec("batched change" if batched else "change", every, salt, stops=False, segmented=False)
     (rollout,) = write(named([spec]), [(ids or [1], "length")], lambda: 1)
     assert rollout.total() == spec.score(rollout.text) - spec.score("")
+
+
+@given(salt=st.integers(0, 9999), every=st.sampled_from(CUTS), batched=st.booleans(), ids=token_lists())
+@settings(max_examples=50)
+def test_the_discounted_marks_of_a_potential_sum_to_nothing(
+    salt: int, every: Any, batched: bool, ids: list[int]
+) -> None:
+    spec = Spec("batched potential" if batched else "potential", every, salt, stops=False, segmented=False)
+    (rollout,) = write(named([spec]), [(ids or [1], "length")], lambda: 1)
+    paid = [mark.value * 0.75 ** (mark.seen - FIRST) for mark in rollout.marks]
+    assert sum(paid) == pytest.approx(0.0, abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from instant_reward.config import AlgorithmConfig, Config, RewardConfig, resolve
+from instant_reward.presets import PRESETS
 from instant_reward.types import UserError
 from instant_reward.yaml_values import parse_yaml, to_yaml
 
@@ -70,15 +71,16 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
       - {use: polite, weight: .nan, every: wrod}
       - {every: 0}
       - {use: "a:b", at: piece}
-    algorithm: ppo
+    algorithm: pop
     sampling: {max_new_tokens: 4, min_new_tokens: 8, top_p: 0.9, top_k: 5}
     train: {learning_rate: -1e-5, stop_when: {metric: score}}
     evaluate: 3
     """
     found = dict(line.split(": ", 1) for line in problems(tmp_path, text))
+    names = list(PRESETS)
     assert found["model.dtyp"] == "there is no such key; did you mean dtype?"
     assert found["model.lora.rnk"] == "there is no such key; did you mean rank?"
-    assert found["data"] == "give exactly one of path, use and prompts (there are path and use)"
+    assert found["data"] == "give exactly one of path, use, prompts and rollouts (there are path and use)"
     assert found["steps"] == "there is no such key here; did you mean train.steps?"
     assert "the keys here are model, data, rewards" in found["colour"]
     assert "module:name" in found["rewards.0.use"]
@@ -87,7 +89,7 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
     assert found["rewards.1.use"] == "this is required"
     assert found["rewards.1.every"].endswith("not 0")
     assert found["rewards.2.at"] == "must be 'seen' or 'span', not 'piece'"
-    assert found["algorithm.name"] == "must be 'reinforce', 'rloo' or 'grpo', not 'ppo'"
+    assert found["algorithm.name"] == f"must be {', '.join(map(repr, names[:-1]))} or {names[-1]!r}, not 'pop'"
     assert "more than max_new_tokens (4)" in found["sampling.min_new_tokens"]
     assert "set it to 1" in found["sampling.top_p"]
     assert "set it to 0" in found["sampling.top_k"]

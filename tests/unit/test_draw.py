@@ -190,8 +190,9 @@ class TestUniforms:
 
     def test_streams_of_neighbours_do_not_overlap(self) -> None:
         """A counter runs through each: a long text must not reach its sibling's numbers."""
-        one, other = (set(uniforms(0, 0, (5, sibling), 100_000)) for sibling in (0, 1))
-        assert len(one & other) < 5
+        one, sibling, cousin = (set(uniforms(0, 0, text, 100_000)) for text in ((5, 0), (5, 1), (6, 0)))
+        assert len(one & sibling) < 5
+        assert len(one & cousin) < 5
 
     def test_a_longer_text_begins_as_a_shorter_one(self) -> None:
         assert np.array_equal(uniforms(3, 2, (9, 1), 100)[:40], uniforms(3, 2, (9, 1), 40))

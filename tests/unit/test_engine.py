@@ -443,7 +443,7 @@ class TestScoring:
 
     def test_a_text_that_ends_with_the_token_a_reward_stops_it_at_has_ended(self, llama: CausalPolicy) -> None:
         rollouts = sample(llama, max_new_tokens=7, rewards=[ir.reward()(lambda view: ir.stop(2.0))])
-        assert {rollout.stop for rollout in rollouts} == {"ended", "length"}
+        assert {rollout.stop for rollout in rollouts} == {"ended", "stopped"}  # none counts as cut off
         assert {rollout.total() for rollout in rollouts} == {2.0}
 
     @pytest.mark.parametrize("lag", [0, 4])

@@ -15,18 +15,22 @@ SOURCE = Path(__file__).parents[2] / "src" / "instant_reward"
 LAYERS = [
     ["_callable", "types"],
     ["cache", "notice", "records", "reviews", "text"],
-    ["batch", "credit", "losses", "rewards"],
+    ["batch", "credit", "importance", "losses", "rewards"],
     [
-        "algorithms", "assemble", "config", "config_problems", "data", "fetch", "imports", "models", "policies",
+        "algorithms", "assemble", "carried", "checks", "config", "config_algorithm", "config_problems",
+        "config_section", "crediting", "data", "fetch", "imports", "models", "objective", "policies", "presets",
         "progress", "run", "run_files", "sampling", "screen", "yaml_values",
     ],
-    ["train"],
+    ["collect", "train"],
     ["__main__", "cli", "evaluate", "studio"],
 ]  # fmt: skip
 LAYER = {name: index for index, names in enumerate(LAYERS) for name in names}
 
 # Who may import torch or transformers when imported; everyone else does so inside functions, if at all.
-WITH_TORCH = {"algorithms", "batch", "credit", "losses", "policies", "progress", "sampling", "train"}
+WITH_TORCH = {
+    "algorithms", "batch", "checks", "collect", "credit", "crediting", "importance", "losses", "objective", "policies",
+    "progress", "sampling", "train",
+}  # fmt: skip
 
 
 def room(path: Path, root: Path) -> str:

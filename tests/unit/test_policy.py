@@ -25,13 +25,13 @@ from transformers import (
 )
 
 from instant_reward.batch import Batch, collate
-from instant_reward.policies import causal, head, layout
+from instant_reward.policies import head, layout, states
 from instant_reward.policies.causal import CausalPolicy, load_policy
 from instant_reward.policies.head import Softmax, token_logprobs
-from instant_reward.policies.optimizer import Optimization, Stepper
+from instant_reward.policies.optimizer import Group, Optimization, Stepper
 from instant_reward.sampling.draw import Settings
 from instant_reward.sampling.engine import Engine
-from instant_reward.types import RunError, UserError
+from instant_reward.types import Needs, RunError, UserError
 from tiny import (
     CONTEXT,
     END,
@@ -71,10 +71,11 @@ def policy(request: pytest.FixtureRequest) -> CausalPolicy:
     return tiny_policy(MODELS[request.param]())
 
 
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five rows of logits at a time."""
+@pytest.fixture(params=["kept", "computed again"])
+def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five rows of logits at a time, kept for the backward pass or not."""
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", 5 * len(shared_tokenizer()) + 1)
+    monkeypatch.setattr(head, "KEPT_ELEMENTS", 10**9 if request.param == "kept" else 0)
 
 
 def random_ids(rows: int = ROWS, length: int = LENGTH) -> Tensor:
@@ -208,6 +209,7 @@ class TestLogProbabilities:
 class TestHead:
     """The backward pass written by hand against autograd."""
 
+    @pytest.mark.parametrize("kept", [0, 10**9], ids=["again", "kept"])
     @pytest.mark.parametrize("rows_at_once", [1, 4, 1000])
     @pytest.mark.parametrize("bias", [False, True])
     @pytest.mark.parametrize(
@@ -216,9 +218,10 @@ class TestHead:
         ids=["plain", "temperature", "forbidden", "both"],
     )
     def test_values_and_gradients(
-        self, softmax: Softmax, bias: bool, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+        self, softmax: Softmax, bias: bool, rows_at_once: int, kept: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         count, width, words = 9, 6, 20
+        monkeypatch.setattr(head, "KEPT_ELEMENTS", kept)
         monkeypatch.setattr(head, "CHUNK_ELEMENTS", rows_at_once * words)
         generator = torch.Generator().manual_seed(2)
         hidden, weight, shift = (
@@ -238,10 +241,17 @@ class TestHead:
         mean = (logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)
         assert torch.allclose(entropy, -mean, **EXACT)
         upstream = weights_of(count)
-        found = torch.autograd.grad((upstream * ours).sum(), leaves)
+        found = torch.autograd.grad((upstream * ours).sum(), leaves, retain_graph=True)
+        again = torch.autograd.grad((upstream * ours).sum(), leaves)
+        assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
         expected = torch.autograd.grad((upstream * theirs).sum(), leaves)
         for mine, autograd in zip(found, expected, strict=True):
             assert torch.allclose(mine, autograd, **EXACT)
+
+    def test_without_gradient_nothing_is_kept(self) -> None:
+        hidden, weight = torch.randn(4, 6), torch.randn(20, 6)
+        values, _ = token_logprobs(hidden, weight, None, torch.arange(4), torch.zeros(4, dtype=torch.bool), Softmax())
+        assert values.grad_fn is None
 
     def test_a_frozen_head_gets_no_gradient(self) -> None:
         hidden = torch.randn(4, 6, requires_grad=True)
@@ -265,7 +275,7 @@ class TestLayouts:
         assert layout.lay_out(batch).attention_mask is not None, "these rows should share their prompt"
         shared = policy(batch)
         with monkeypatch.context() as patch:
-            patch.setattr(causal, "lay_out", layout._plain)
+            patch.setattr(states, "lay_out", layout._plain)
             plain = policy(batch)
         assert torch.allclose(shared.logprobs, plain.logprobs, **EXACT)
         assert torch.allclose(shared.entropy, plain.entropy, **EXACT)  # type: ignore[arg-type]
@@ -284,7 +294,7 @@ class TestLayouts:
         rollouts = policy.sample([long, "a"], per_prompt=3, max_new_tokens=4)
         rollouts += policy.sample([long], per_prompt=2, max_new_tokens=1)
         for number, rollout in enumerate(rollouts):
-            rollout.group = [0, 0, 0, 1, 1, 1, 2, 2][number]
+            rollout.group = [0, 0, 0, 0, 1, 1, 2, 2][number]  # one group has two prompts
         chosen = collate([rollouts[number] for number in (6, 0, 3, 1, 7, 2)], dtype=torch.float64)
         self.assert_shared_equals_plain(policy, chosen, monkeypatch)
 
@@ -334,7 +344,7 @@ class TestReference:
     def test_it_stays_as_the_policy_was_when_it_was_prepared(self, policy: CausalPolicy) -> None:
         batch = siblings(policy)
         before = policy(batch).logprobs.detach()
-        policy.prepare(Optimization(learning_rate=1e-2), reference=True)
+        policy.prepare(Optimization(learning_rate=1e-2), Needs(reference=True))
         take_steps(policy, 2)
         assert (policy(batch).logprobs - before).abs().max() > 1e-3
         for tokens in (16, 100, 4096):
@@ -343,9 +353,16 @@ class TestReference:
             assert torch.allclose(reference, before, **EXACT)
             assert not reference.requires_grad
 
+    def test_the_policys_own_are_scored_in_parts_too(self, policy: CausalPolicy) -> None:
+        batch = siblings(policy)
+        for tokens in (16, 100, 4096):
+            found = policy.score(batch, tokens_per_part=tokens)
+            assert not found.requires_grad
+            assert torch.allclose(found, batch.old_logprobs, **EXACT)
+
     def test_without_one_nothing_is_added(self) -> None:
         policy = tiny_policy()
-        policy.prepare(Optimization(), reference=False)
+        policy.prepare(Optimization())
         batch = siblings(policy)
         assert policy.annotate(batch) is batch
 
@@ -356,7 +373,7 @@ def adapted(request: pytest.FixtureRequest, tmp_path: Path) -> CausalPolicy:
     folder = tiny_folder(tmp_path / "base", MODELS[request.param]())
     policy = load_policy(str(folder), "float64", lora={"rank": 4, "alpha": 8.0})
     exact(policy.model)
-    policy.prepare(Optimization(learning_rate=1e-2, steps=9, schedule="linear"), reference=True)
+    policy.prepare(Optimization(learning_rate=1e-2, steps=9, schedule="linear"), Needs(reference=True))
     take_steps(policy, 3)
     return policy
 
@@ -404,7 +421,7 @@ class TestAdapters:
         expected = take_steps(adapted, 2, first=3)
         other = load_policy(str(tmp_path / "base"), "float64", lora={"rank": 4, "alpha": 8.0})
         exact(other.model)
-        other.prepare(Optimization(learning_rate=1e-2, steps=9, schedule="linear"), reference=True)
+        other.prepare(Optimization(learning_rate=1e-2, steps=9, schedule="linear"), Needs(reference=True))
         other.load_state(tmp_path / "state")
         assert take_steps(other, 2, first=3) == expected
         found, wanted = weights(other), weights(adapted)
@@ -433,7 +450,7 @@ class TestPrecision:
             assert (found[name] - gradient).norm() < 0.1 * gradient.norm(), name
 
     def test_steps_smaller_than_bfloat16_shows_are_kept(self, half: CausalPolicy) -> None:
-        half.prepare(Optimization(learning_rate=1e-6), reference=False)
+        half.prepare(Optimization(learning_rate=1e-6))
         before = weights(half)
         take_steps(half, 1)
         moved = [weight != before[name] for name, weight in weights(half).items()]
@@ -504,11 +521,11 @@ class TestSaving:
     def test_a_state_is_restored_bit_for_bit(self, policy: CausalPolicy, tmp_path: Path, schedule: Any) -> None:
         settings = Optimization(learning_rate=1e-2, steps=6, schedule=schedule, warmup=1, weight_decay=0.1)
         other = tiny_policy(copy.deepcopy(policy.model))
-        policy.prepare(settings, reference=False)
+        policy.prepare(settings)
         take_steps(policy, 3)
         policy.save_state(tmp_path)
         expected = take_steps(policy, 3, first=3)
-        other.prepare(settings, reference=False)
+        other.prepare(settings)
         other.load_state(tmp_path)
         assert take_steps(other, 3, first=3) == expected
         found, wanted = weights(other), weights(policy)
@@ -568,8 +585,9 @@ class TestLoading:
         [
             lambda: GraniteForCausalLM(GraniteConfig(**tiny_config(logits_scaling=8.0))),
             lambda: Gemma2ForCausalLM(Gemma2Config(**tiny_config())),
+            lambda: Gemma2ForCausalLM(Gemma2Config(**tiny_config(initializer_range=0.001))),
         ],
-        ids=["scaled", "capped"],
+        ids=["scaled", "capped", "capped and young"],
     )
     def test_a_model_that_changes_its_logits_after_the_head_is_refused(self, make: Callable[[], Any]) -> None:
         with pytest.raises(UserError, match=r"changes its logits after the output head .* use another model"):
@@ -598,7 +616,7 @@ class TestSteps:
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_a_gradient_that_is_not_finite_is_an_error_and_harms_nothing(self, bad: float) -> None:
         policy = tiny_policy()
-        policy.prepare(Optimization(learning_rate=1e-2), reference=False)
+        policy.prepare(Optimization(learning_rate=1e-2))
         take_steps(policy, 1)
         assert policy.stepper is not None
         before, state = weights(policy), copy.deepcopy(policy.stepper.state_dict())
@@ -625,7 +643,7 @@ class TestSteps:
             torch.randn(5, generator=generator).requires_grad_(),
         ]
         theirs = [one.detach().clone().requires_grad_() for one in mine]
-        stepper = Stepper(mine, Optimization(learning_rate=0.1, weight_decay=0.01, max_grad_norm=0.5))
+        stepper = Stepper([Group(mine, 0.1)], Optimization(learning_rate=0.1, weight_decay=0.01, max_grad_norm=0.5))
         optimizer = torch.optim.AdamW(theirs, lr=0.1, weight_decay=0.01)
         for size in (0.01, 3.0, 0.2):
             for one, other in zip(mine, theirs, strict=True):
@@ -636,7 +654,7 @@ class TestSteps:
                 assert other.grad is not None
                 other.grad *= min(1.0, 0.5 / norm)
             optimizer.step()
-            assert stepper.step() == pytest.approx(norm, rel=1e-5)
+            assert stepper.step() == [pytest.approx(norm, rel=1e-5)]
             for one, other in zip(mine, theirs, strict=True):
                 assert torch.allclose(one, other, atol=1e-5)
                 assert one.grad is None
@@ -651,14 +669,18 @@ class TestSteps:
     )
     def test_the_learning_rate_follows_its_schedule(self, schedule: Any, rates: list[float]) -> None:
         policy = tiny_policy()
-        policy.prepare(Optimization(learning_rate=1.0, steps=6, schedule=schedule, warmup=2), reference=False)
-        assert [step["learning_rate"] for step in take_steps(policy, 6)] == pytest.approx(rates)
+        policy.prepare(Optimization(learning_rate=1.0, steps=6, schedule=schedule, warmup=2))
+        assert policy.stepper is not None
+        for step, rate in enumerate(rates):
+            (taken,) = take_steps(policy, 1, first=step)
+            assert taken["learning_rate"] == pytest.approx(rate)
+            assert policy.stepper.optimizer.param_groups[0]["lr"] == taken["learning_rate"]
 
     def test_gradients_of_several_parts_add_up(self) -> None:
         one, other = tiny_policy(), tiny_policy()
         ids, mask = random_ids(), random_mask()
         for policy in (one, other):
-            policy.prepare(Optimization(learning_rate=1e-2), reference=False)
+            policy.prepare(Optimization(learning_rate=1e-2))
         one.backward(one.logprobs(ids, mask).sum())
         for row in range(ROWS):
             other.backward(other.logprobs(ids[row : row + 1], mask[row : row + 1]).sum())

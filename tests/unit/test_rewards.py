@@ -148,8 +148,11 @@ class TestWhatIsHandedBack:
             asked.append(view.piece)
             return ir.stop(0.5)
 
-        # One token shows the end of two pieces: the second is no longer asked for.
-        assert len(score("a\n\nb", ir.reward(every="line")(stops))) == 1
+        watcher = watch(ir.reward(every="line")(stops))
+        watcher.open(0, prompt())
+        # The last token ends two lines at once: the second is no longer asked for.
+        marks, stopped = watcher.feed(0, tokens("a") + tokens("\n\n"), done=False)
+        assert (values(marks), stopped) == ([0.5], PROMPT + 2)
         assert asked == ["a\n"]
 
 
@@ -336,6 +339,102 @@ class TestChange:
         assert "2 values for 1 texts" in said
 
 
+class TestPotential:
+    @pytest.mark.parametrize("every", ["token", "word", "sentence", "line", "end", 3, lambda rest: len(rest) > 4])
+    @pytest.mark.parametrize("batched", [False, True])
+    @pytest.mark.parametrize("text", [" good. Bad\n\n movie", "", "\n", " 你 é good", "a\n"])
+    def test_the_discounted_payments_sum_to_nothing(self, every: Any, batched: bool, text: str) -> None:
+        def one(text: str) -> float:
+            return 3.0 + sum(ord(character) * (at + 1) for at, character in enumerate(text)) / 1000
+
+        phi = (lambda texts: [one(text) for text in texts]) if batched else one
+        marks = score(text, ir.potential(phi, 0.8, every=every, batched=batched, name="phi"))
+        assert sum(mark.value * 0.8 ** (mark.seen - PROMPT) for mark in marks) == pytest.approx(0.0, abs=1e-9)
+        assert marks[-1].seen == PROMPT + len(tokens(text + END))
+
+    def test_each_piece_is_paid_where_its_end_was_seen(self) -> None:
+        def goods(text: str) -> float:
+            return text.count("good") + 10.0
+
+        marks = score(" good xyz movie", ir.potential(goods, 0.5))
+        # The second word is known three tokens after the first one; the end pays the last potential back.
+        assert [(mark.value, mark.seen - PROMPT, mark.source) for mark in marks] == [
+            (0.5 * 11.0, 3, "goods"),
+            (0.5 * 11.0 - 0.5**-2 * 11.0, 6, "goods"),
+            (-11.0, 7, "goods"),
+        ]
+
+    def test_the_end_is_told_where_its_last_piece_had_ended_before(self) -> None:
+        marks = score("a\n", ir.potential(len, 0.5, every="line"))
+        assert marks == [Mark(1.0, PROMPT, PROMPT + 2, "len", PROMPT + 2), Mark(-2.0, PROMPT + 2, PROMPT + 3, "len", 5)]
+        assert len(score("a\n", ir.change(len, every="line"))) == 1, "other rewards are not asked about an empty piece"
+
+    def test_the_end_is_told_where_another_reward_stopped_the_text(self) -> None:
+        stops = gives(lambda view: ir.stop() if "bad" in view.piece else None, every="token")
+        marks = score(" good bad movie", ir.potential(len, 1.0, "token"), stops)
+        assert values(marks) == [5.0, 4.0, -9.0]
+        assert marks[-1].seen == PROMPT + 2
+
+    def test_phi_is_asked_about_no_empty_text_and_no_end(self) -> None:
+        asked: list[str] = []
+        score(" good bad", ir.potential(lambda text: asked.append(text) or 1 / len(text), 0.9, name="mean"))
+        assert asked == [" good"]
+
+    def test_texts_are_asked_about_together(self) -> None:
+        calls: list[list[str]] = []
+        phi = ir.potential(
+            lambda texts: calls.append(texts) or [1.0] * len(texts), 0.5, "token", batched=True, name="p"
+        )
+        watcher = watch(phi)
+        for row in "abc":
+            watcher.open(row, prompt())
+        fed = [("a", tokens(" good"), False), ("b", tokens(" bad"), True), ("c", tokens(" fine"), False)]
+        assert [values(marks) for marks, _ in watcher.feed_many(fed)] == [[0.5], [0.0], [0.5]]
+        assert calls == [[" good", " fine"]]
+        watcher.feed_many([("a", tokens(" movie"), True), ("c", tokens(" movie"), True)])
+        assert len(calls) == 1, "there was nothing to ask about"
+
+    def test_its_discount_and_its_place_are_its_own(self) -> None:
+        shaping = ir.potential(len, 0.9, weight=0.5)
+        assert (shaping.discount, shaping.weight, shaping.at, shaping.every) == (0.9, 0.5, "seen", "word")
+        assert weighted(shaping, 2.0).weight == 2.0
+        assert shaping.but(every="line", name="other", discount=0.9).sees_end
+        for discount in (1.0, None):
+            with pytest.raises(UserError, match=r"'len': it was shaped for discount=0\.9 and .* discount=(1\.0|None);"):
+                shaping.but(discount=discount)
+        with pytest.raises(UserError, match="'len': shaping is exact only where at='seen'"):
+            shaping.but(at="span")
+
+    @pytest.mark.parametrize("discount", [0.0, -0.5, 1.01, math.nan, math.inf, "word", None, True])
+    def test_a_discount_that_is_none_is_refused(self, discount: Any) -> None:
+        with pytest.raises(UserError, match="is not above 0 and at most 1; give a number that is"):
+            ir.potential(len, discount)
+
+    def test_a_phi_of_anything_but_a_text_is_refused(self) -> None:
+        @ir.reward(every="word")
+        def polite(view: ir.View) -> float:
+            return 1.0
+
+        with pytest.raises(UserError, match=r"'polite' takes no text; give it f\(text\)"):
+            ir.potential(polite, 0.9)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_a_phi_that_is_no_number_is_named(self, value: float) -> None:
+        said = refusal(ir.potential(lambda text: value, 0.9, name="odd"))
+        assert said.startswith("reward 'odd' on prompt p3 ('So:') at step 7 gave ")
+        assert "return a finite number" in said
+
+    def test_a_batched_phi_of_wrong_length_is_named(self) -> None:
+        said = refusal(ir.potential(lambda texts: [1.0] * (len(texts) + 1), 0.9, batched=True, name="odd"))
+        assert "reward 'odd'" in said
+        assert "phi gave 2 values for 1 texts; return one for each" in said
+
+    def test_a_piece_that_is_too_long_for_its_discount_is_named(self) -> None:
+        said = refusal(ir.potential(len, 1e-200, every=3), text=" good movie" * 4)
+        assert "reward 'len'" in said
+        assert "use shorter pieces or a discount nearer to 1" in said
+
+
 class TestViews:
     def test_a_view_ends_with_its_piece_and_cannot_show_the_future(self) -> None:
         text = " good. 你 Movie\n\nwas fine"
@@ -358,10 +457,23 @@ class TestViews:
             assert [view.done for view in views] == [False] * (len(views) - 1) + [True]
             assert views[-1].text == text
 
+    def test_of_two_pieces_that_end_with_the_last_token_only_the_last_is_done(self) -> None:
+        seen: list[tuple[str, bool]] = []
+        watcher = watch(ir.reward(every="word")(lambda view: seen.append((view.piece, view.done))))
+        watcher.open(0, prompt())
+        watcher.feed(0, tokens(" good movie"), done=True)
+        assert seen == [(" good", False), (" movie", True)]
+
     def test_a_view_counts_the_tokens_of_its_piece(self) -> None:
         found: list[tuple[str, int]] = []
         score(" good xyz", gives(lambda view: found.append((view.piece, view.tokens)), every="word"))
         assert found == [(" good", 1), (" xyz", 5)]
+
+    def test_a_view_counts_the_sampled_tokens_that_were_read_to_fix_it(self) -> None:
+        found: list[tuple[str, int]] = []
+        marks = score(" good xyz", gives(lambda view: found.append((view.piece, view.sampled)) or 1.0, every="word"))
+        assert found == [(" good", 3), (" xyz", 6)]
+        assert [mark.seen - PROMPT for mark in marks] == [3, 6]
 
     def test_a_view_shows_the_prompt_and_the_columns(self) -> None:
         about = prompt(answer=42)

@@ -17,10 +17,12 @@ _COLOURS = 6
 
 
 def chart(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """The mean reward of each source against the step, and the KL below it; "" where no step holds either."""
+    """The mean reward of each source against the step; below it the KL, the teacher's, and the critic."""
     parts = [
         _panel(metrics, reward_keys(metrics), "Mean reward by source", "tall"),
         _panel(metrics, ["kl"], "KL to the reference", "low"),
+        _panel(metrics, ["teacher_kl"], "KL to the teacher", "low"),
+        _panel(metrics, ["explained_variance"], "What the critic explains of its targets' variance", "low"),
     ]
     return "\n".join(part for part in parts if part)
 

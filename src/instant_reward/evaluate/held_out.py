@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from instant_reward import assemble, data
@@ -65,7 +65,10 @@ class HeldOut:
     def measure(self, policy: CausalPolicy) -> Measurement:
         """Samples from the policy and scores what it wrote."""
         every = [*self.rewards, *self.held_out]
-        engine = Engine(policy, sampling_settings(self.config))
+        settings = sampling_settings(self.config)
+        if policy.critic is None:  # the model before training has none that could guide it
+            settings = replace(settings, guide=0.0)
+        engine = Engine(policy, settings)
         stream = engine.stream(self.prompts, self.config.evaluate.texts_per_prompt, every, seed=self.config.seed)
         rollouts = in_order(stream)
         scores = {one.name: _score(one, rollouts) for one in every}

@@ -5,24 +5,36 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from instant_reward import models
 from instant_reward.batch import Batch
 from instant_reward.credit import Marks
 from instant_reward.data import to_prompts
+from instant_reward.policies import terms
+from instant_reward.policies.annotate import annotated, ask, beyond_the_end
+from instant_reward.policies.critic import Critic
 from instant_reward.policies.head import Softmax, token_logprobs
-from instant_reward.policies.layout import lay_out
-from instant_reward.policies.optimizer import Optimization, Stepper
-from instant_reward.types import Message, PolicyOutput, Rollout, UserError
+from instant_reward.policies.load import (
+    Dtype,
+    check_attention,
+    check_head,
+    compute_dtype,
+    end_ids,
+    load_beside,
+    load_model,
+    with_lora,
+)
+from instant_reward.policies.optimizer import Group, Optimization, Stepper
+from instant_reward.policies.states import on_tokens, sampled_states, trunk
+from instant_reward.types import CriticNeed, Message, Needs, PolicyOutput, Rollout, UserError
 
-Dtype = Literal["auto", "float32", "bfloat16", "float64"]
+CRITIC, REFERENCE = "critic.safetensors", "reference.safetensors"
 
 
 class CausalPolicy:
@@ -43,13 +55,16 @@ class CausalPolicy:
         self.compute = compute
         self.adapter = adapter
         self.name = name
+        self.needs = Needs()
         self.reference: Any = None
-        self.compares = False
+        self.reference_moved: dict[str, Tensor] = {}
+        self.teacher: Any = None
+        self.critic: Critic | None = None
         self.stepper: Stepper | None = None
-        self.end_ids = _end_ids(model, tokenizer)
+        self.end_ids = end_ids(model, tokenizer)
         self.pad_id = int(next(i for i in (tokenizer.pad_token_id, *self.end_ids, 0) if i is not None))
-        _check_head(model)
-        _check_attention(model)
+        check_head(model)
+        check_attention(model)
 
     @property
     def device(self) -> torch.device:
@@ -79,6 +94,7 @@ class CausalPolicy:
         min_new_tokens: int = 0,
         stop: Sequence[str] = (),
         rows: int = 64,
+        guide: float = 0.0,
     ) -> list[Rollout]:
         """Samples texts and scores them while they are written.
 
@@ -90,6 +106,7 @@ class CausalPolicy:
             rewards: what scores the texts.
             seed: the same seed draws the same texts.
             rows: texts decoded side by side.
+            guide: adds so many times the critic's Q - V to the logits, for a policy trained by "ilql".
 
         Returns:
             ``len(prompts) * per_prompt`` rollouts, siblings next to each other.
@@ -111,6 +128,7 @@ class CausalPolicy:
             top_k=top_k,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             rows=rows,
+            guide=guide,
         )
         table = [dict(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt} for prompt in prompts]
         limit = self.context - max_new_tokens
@@ -119,8 +137,17 @@ class CausalPolicy:
         return in_order(engine.stream(ready, per_prompt, rewards=rewards, seed=seed))
 
     def __call__(self, batch: Batch) -> PolicyOutput:
-        """Log-probabilities and entropies of the sampled tokens, ``[B, L]``, as the sampler drew them."""
-        return self._read(self.model, batch)
+        """What the policy says of the sampled tokens, as the sampler drew them; more where ``prepare`` asked for it."""
+        # A policy without a loss of its own needs no graph, unless the critic's gradient goes through its trunk.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (self.needs.learns or not self._detached())):
+            head = self.head(self.model, batch)
+            output = self.token_logprobs(head, batch)
+        ask(self, output, head, batch)
+        return output
+
+    def _detached(self) -> bool:
+        """Whether the critic sends no gradient into the policy's trunk."""
+        return self.critic is None or self.critic.base is not None or self.critic.need.detach
 
     def logprobs(self, token_ids: Any, mask: Any, length: Any = None, temperature: float = 1.0) -> Tensor:
         """``log p(x_t | x_<t)`` of the tokens under the mask.
@@ -148,43 +175,106 @@ class CausalPolicy:
         lengths = ends if length is None else torch.as_tensor(length).cpu().long()
         if bool((lengths < ends).any()):
             raise UserError("logprobs: the mask is on beyond a row's length; shorten the mask or correct the length")
-        return self(_bare_batch(ids, on, lengths, temperature)).logprobs
+        batch = _bare_batch(ids, on, lengths, temperature)
+        return self.token_logprobs(self.head(self.model, batch), batch).logprobs
 
     def score(self, batch: Batch, tokens_per_part: int = 2048) -> Tensor:
         """Log-probabilities of the sampled tokens, ``[B, L]``, without gradient and in parts that fit in memory."""
         return self._score(self.model, batch, tokens_per_part)
 
     def annotate(self, batch: Batch, tokens_per_part: int = 2048) -> Batch:
-        """Adds the reference's log-probabilities ``[B, L]`` where a reference was asked for. No gradient."""
-        if not self.compares:
-            return batch
-        with self._as_reference() as model:
-            return replace(batch, ref_logprobs=self._score(model, batch, tokens_per_part))
+        """Adds what ``prepare`` was asked for and the credit needs: ``Batch`` names it. No gradient."""
+        if self.critic is not None:
+            self.critic.begin(batch)
+        found: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for rows in batch.shares(tokens_per_part):
+                for name, values in annotated(self, batch.select(rows)).items():
+                    if name not in found:
+                        shape = [*values.shape[1:-1], batch.token_ids.shape[1]]
+                        found[name] = torch.zeros(len(batch), *shape, dtype=batch.old_logprobs.dtype)
+                    found[name][rows, ..., : values.shape[-1]] = values.to(found[name])
+            if self.critic is not None:
+                found["bootstrap"] = beyond_the_end(self, self.critic, batch, tokens_per_part)
+        return replace(batch, **found) if found else batch  # type: ignore[arg-type]
 
     def _score(self, model: Any, batch: Batch, tokens_per_part: int) -> Tensor:
         filled = torch.zeros_like(batch.old_logprobs)
         with torch.no_grad():
             for rows in batch.shares(tokens_per_part):
-                values = self._read(model, batch.select(rows)).logprobs
+                part = batch.select(rows)
+                values = self.token_logprobs(self.head(model, part), part).logprobs
                 filled[rows, : values.shape[1]] = values.to(filled.dtype)
         return filled
 
-    def prepare(self, settings: Optimization, reference: bool) -> None:
-        """Makes the optimizer and, where one is asked for, a frozen copy of the policy as it is now."""
-        self.stepper = Stepper(self.model.parameters(), settings)
-        self.compares = reference
-        if reference and self.adapter is None:
+    def prepare(self, settings: Optimization, needs: Needs | None = None) -> None:
+        """Makes the optimizer and what an algorithm needs besides: reference, critic, teacher."""
+        self.needs = needs or Needs()
+        self.critic = self.teacher = self.reference = None
+        self.reference_moved = {}
+        groups = [Group(list(self.model.parameters()), settings.learning_rate)]
+        teacher = self.needs.teacher
+        if teacher is not None and teacher.model is not None:
+            self.teacher = load_beside(
+                teacher.model, self.compute, str(self.device), self.tokenizer, "algorithm.teacher.model"
+            )
+            widths = [len(one.get_output_embeddings().weight) for one in (self.model, self.teacher)]
+            if widths[0] != widths[1] and (teacher.whole or teacher.baseline):
+                raise UserError(
+                    f"algorithm.teacher.model: its output head has {widths[1]} rows and the policy's {widths[0]}, so "
+                    "whole vocabularies cannot be compared; leave out teacher.whole and teacher.baseline"
+                )
+        if self.adapter is None and (self.needs.reference or (teacher is not None and teacher.model is None)):
             self.reference = copy.deepcopy(self.model).requires_grad_(False)
+        if self.needs.critic is not None:
+            self.critic = self._new_critic()
+            rate = self.needs.critic.learning_rate or settings.learning_rate
+            groups.append(Group(list(self.critic.parameters()), rate))
+        self.stepper = Stepper(groups, settings)
+
+    def _new_critic(self) -> Critic:
+        need = self.needs.critic
+        assert need is not None, "nobody asked for a critic"
+        base = None
+        if need.model == "copy":
+            base = copy.deepcopy(trunk(self.model))
+        elif need.model != "head":
+            whole = load_beside(need.model, self.compute, str(self.device), self.tokenizer, "algorithm.critic.model")
+            base = trunk(whole.requires_grad_(True))
+        weight = self.model.get_output_embeddings().weight
+        width = (base if base is not None else trunk(self.model)).config.hidden_size
+        return Critic(need, base, width, weight.shape[0], weight.dtype, self.device)
+
+    def reset_reference(self) -> None:
+        """From here on the reference is the policy as it is now."""
+        self._take_reference({name: parameter.detach().clone() for name, parameter in self._trained()})
+
+    def _take_reference(self, weights: dict[str, Tensor]) -> None:
+        self.reference_moved = {name: values.to(self.device) for name, values in weights.items()}
+        if self.adapter is None:
+            with torch.no_grad():
+                for name, parameter in self.reference.named_parameters():
+                    parameter.copy_(self.reference_moved.get(name, parameter))
 
     def backward(self, loss: Tensor) -> None:
         """Adds a part's gradient to the step's."""
         loss.backward()  # type: ignore[no-untyped-call]
 
+    def forget(self) -> None:
+        """Drops the gradients that have gathered."""
+        assert self.stepper is not None, "prepare the policy before it learns"
+        self.stepper.optimizer.zero_grad(set_to_none=True)
+
     def step(self) -> dict[str, float]:
         """One optimizer step from the gathered gradients; returns its gradient norm and learning rate."""
         assert self.stepper is not None, "prepare the policy before it steps"
         rate = self.stepper.learning_rate
-        return {"grad_norm": self.stepper.step(), "learning_rate": rate}
+        norms = self.stepper.step()
+        row = {"grad_norm": norms[0], "learning_rate": rate}
+        if self.critic is not None:
+            self.critic.follow()
+            row["critic_grad_norm"] = norms[1]
+        return row
 
     def save(self, folder: str | Path) -> Path:
         """Writes what transformers' ``from_pretrained`` loads, tokenizer included; an adapter is merged in."""
@@ -205,7 +295,19 @@ class CausalPolicy:
         else:
             save_file({k: v.detach().contiguous() for k, v in self._trained()}, folder / "adapter.safetensors")
         assert self.stepper is not None, "prepare the policy before it is saved in a checkpoint"
+        if self.critic is not None:
+            save_file({key: value.contiguous() for key, value in self.critic.state_dict().items()}, folder / CRITIC)
+        if self.reference_moved:
+            save_file({key: value.contiguous() for key, value in self.reference_moved.items()}, folder / REFERENCE)
         torch.save(self.stepper.state_dict(), folder / "optimizer.pt")
+
+    def load_critic(self, folder: Path, need: CriticNeed) -> None:
+        """Takes the critic of a checkpoint, for decoding that it guides."""
+        from safetensors.torch import load_file
+
+        self.needs = replace(self.needs, critic=need)
+        self.critic = self._new_critic()
+        self.critic.load_state_dict(load_file(folder / CRITIC))
 
     def load_weights(self, folder: Path) -> None:
         """Takes the weights of a checkpoint."""
@@ -220,48 +322,69 @@ class CausalPolicy:
     def load_state(self, folder: Path) -> None:
         """Goes on from a checkpoint, bit for bit."""
         assert self.stepper is not None, "prepare the policy before it is loaded from a checkpoint"
+        from safetensors.torch import load_file
+
         self.load_weights(folder)
+        if self.critic is not None:
+            self.critic.load_state_dict(load_file(folder / CRITIC))
+        if (folder / REFERENCE).is_file():
+            self._take_reference(load_file(folder / REFERENCE))
         self.stepper.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
     @contextmanager
-    def _as_reference(self) -> Iterator[Any]:
-        """The model as it was before training: the frozen copy, or the adapter switched off."""
+    def as_reference(self) -> Iterator[Any]:
+        """The model as it was: the frozen copy, or the adapter switched off, or as it was when last reset."""
         if self.adapter is None:
             yield self.reference
+        elif self.reference_moved:
+            with self._swapped(self.reference_moved):
+                yield self.model
         else:
             with self.adapter.disable_adapter():
                 yield self.model
 
-    def _read(self, model: Any, batch: Batch) -> PolicyOutput:
-        layout, device = lay_out(batch), self.device
-        attention = None if layout.attention_mask is None else layout.attention_mask.to(device)
-        with self._autocast():
-            states = trunk(model)(
-                input_ids=layout.input_ids.to(device),
-                position_ids=layout.position_ids.to(device),
-                attention_mask=attention,
-                use_cache=False,
-            ).last_hidden_state
-        on = batch.mask.bool()
-        hidden = states[layout.rows.to(device), layout.columns.to(device)]
-        if self.compute == torch.bfloat16:
-            hidden = hidden.to(torch.bfloat16)
+    @contextmanager
+    def as_teacher(self) -> Iterator[Any]:
+        """The teacher: another model, or this one as it was."""
+        if self.teacher is not None:
+            yield self.teacher
+        else:
+            with self.as_reference() as model:
+                yield model
+
+    @contextmanager
+    def _swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        now = {name: parameter.data for name, parameter in self._trained()}
+        try:
+            for name, parameter in self._trained():
+                parameter.data = weights[name]
+            yield
+        finally:
+            for name, parameter in self._trained():
+                parameter.data = now[name]
+
+    def head(self, model: Any, batch: Batch, read: Batch | None = None) -> terms.Head:
+        """The states that predict the sampled tokens, and the head that makes logits of them.
+
+        Args:
+            model: this policy's, or another one for the same tokens.
+            read: the same texts as the model reads them, where that is not ``batch``.
+        """
+        hidden = sampled_states(trunk(model), batch if read is None else read, self.compute)
         head = model.get_output_embeddings()
         softmax = Softmax(batch.temperature, self.end_ids if bool(batch.no_end.any()) else ())
-        targets, no_end = batch.token_ids[on].to(device), batch.no_end[on].to(device)
-        values, entropies = token_logprobs(hidden, head.weight, getattr(head, "bias", None), targets, no_end, softmax)
-        home = on.device
-        logprobs = torch.zeros(on.shape, dtype=values.dtype, device=home).masked_scatter(on, values.to(home))
-        entropy = torch.zeros(on.shape, dtype=values.dtype, device=home).masked_scatter(on, entropies.to(home))
-        return PolicyOutput(logprobs, entropy)
+        no_end = batch.no_end[batch.mask.bool()].to(hidden.device)
+        return terms.Head(hidden, head.weight, getattr(head, "bias", None), no_end, softmax)
 
-    def _autocast(self) -> Any:
-        if self.compute == torch.bfloat16:
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
+    @staticmethod
+    def token_logprobs(head: terms.Head, batch: Batch) -> PolicyOutput:
+        """Log-probabilities ``[B, L]`` of the sampled tokens with gradient, and entropies without."""
+        targets = batch.token_ids[batch.mask.bool()].to(head.hidden.device)
+        logprobs, entropies = token_logprobs(head.hidden, head.weight, head.bias, targets, head.no_end, head.softmax)
+        return PolicyOutput(on_tokens(logprobs, batch.mask), on_tokens(entropies, batch.mask))
 
 
 def load_policy(
@@ -279,99 +402,14 @@ def load_policy(
     Raises:
         UserError: where the model is not there or cannot be read.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = models.locate(name)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    compute = _compute_dtype(dtype, place)
-    master = torch.float64 if compute == torch.float64 else torch.float32
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=master, attn_implementation="sdpa")
-        model = model.to(place)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the model in {folder} cannot be loaded: {_first_line(error)}; check the folder") from error
+    compute = compute_dtype(dtype, place)
+    model, tokenizer = load_model(name, compute, place)
     adapter = None
     if lora is not None:
-        adapter = _with_lora(model, **lora)
+        adapter = with_lora(model, **lora)
         model = adapter.base_model.model
     return CausalPolicy(model, tokenizer, compute, adapter, name)
-
-
-def trunk(model: Any) -> Any:
-    """The model without its output head."""
-    return getattr(model, model.base_model_prefix)
-
-
-def _with_lora(
-    model: Any,
-    rank: int = 16,
-    alpha: float = 32.0,
-    dropout: float = 0.0,
-    targets: str | list[str] = "all-linear",
-) -> Any:
-    try:
-        import peft
-    except ModuleNotFoundError as error:
-        raise UserError("model.lora needs the package peft; run: pip install 'instant-reward[lora]'") from error
-    if dropout:
-        raise UserError(
-            "model.lora.dropout must be 0: dropout makes the trainer's log-probabilities differ from the sampler's"
-        )
-    scale: Any = alpha  # peft says that it must be an integer, and takes any number
-    settings = peft.LoraConfig(
-        r=rank, lora_alpha=scale, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
-    )
-    return peft.get_peft_model(model, settings)
-
-
-def _compute_dtype(dtype: Dtype, place: str) -> torch.dtype:
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-    if dtype in known:
-        return known[dtype]
-    if dtype != "auto":
-        raise UserError(f"dtype={dtype!r} is unknown; use one of auto, {', '.join(known)}")
-    if place.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    # Without such instructions a processor emulates bfloat16, many times slower than float32.
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
-
-
-def _end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    found: list[int] = []
-    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
-        value = getattr(source, "eos_token_id", None)
-        found += value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(sorted(set(found)))
-
-
-def _check_attention(model: Any) -> None:
-    """Both the sampler and the shared layout say by a mask of their own what each token may look at."""
-    kind = model.config._attn_implementation
-    if kind != "sdpa":
-        raise UserError(
-            f"{type(model).__name__} runs the attention {kind!r}, and only 'sdpa' is supported; load it with "
-            "attn_implementation='sdpa', or use another model"
-        )
-
-
-def _check_head(model: Any) -> None:
-    """The log-probabilities are computed from the head's weight: a model that does more to its logits is refused."""
-    head = model.get_output_embeddings()
-    ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
-    with torch.no_grad():
-        whole = model(input_ids=ids, use_cache=False).logits
-        states = trunk(model)(input_ids=ids, use_cache=False).last_hidden_state
-        plain = torch.nn.functional.linear(states, head.weight, getattr(head, "bias", None))
-    # A cap does next to nothing to the small logits of a young model, hence the look at the config.
-    capped = getattr(model.config, "final_logit_softcapping", None)
-    if capped or not torch.allclose(whole, plain, atol=1e-3, rtol=1e-3):
-        raise UserError(
-            f"{type(model).__name__} changes its logits after the output head (scaling or capping), which is not "
-            "supported; use another model"
-        )
 
 
 def _bare_batch(ids: Tensor, on: Tensor, lengths: Tensor, temperature: float) -> Batch:
@@ -393,7 +431,3 @@ def _bare_batch(ids: Tensor, on: Tensor, lengths: Tensor, temperature: float) ->
         text_count=rows,
         token_count=int(on.sum()),
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -52,8 +52,8 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs, entropies, normalisers = [], [], []
         keep = ctx.needs_input_grad[0] and hidden.shape[0] * weight.shape[0] <= KEPT_ELEMENTS
         ctx.kept = []
-        for rows in _chunks(hidden, weight):
-            logits = _logits(hidden[rows], weight, bias, no_end[rows], softmax)
+        for rows in chunks(hidden.shape[0], weight.shape[0]):
+            logits = logits_of(hidden[rows], weight, bias, no_end[rows], softmax)
             highest = logits.amax(-1, keepdim=True)
             exponentials = (logits - highest).exp_()
             total = exponentials.sum(-1)
@@ -79,11 +79,11 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        for number, rows in enumerate(_chunks(hidden, weight)):
+        for number, rows in enumerate(chunks(hidden.shape[0], weight.shape[0])):
             if ctx.kept:
                 probabilities = ctx.kept[number]
             else:
-                logits = _logits(hidden[rows], weight, bias, no_end[rows], ctx.softmax)
+                logits = logits_of(hidden[rows], weight, bias, no_end[rows], ctx.softmax)
                 probabilities = logits.sub_(normaliser[rows, None]).exp_()
             # d logp / d logits = one-hot(target) - softmax
             upstream = gradient[rows, None] / ctx.softmax.temperature
@@ -97,12 +97,14 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
-def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-    return [slice(start, start + size) for start in range(0, hidden.shape[0], size)]
+def chunks(rows: int, width: int) -> list[slice]:
+    """Slices of so many rows that the logits of one, ``width`` wide, fit into a chunk."""
+    size = max(1, CHUNK_ELEMENTS // width)
+    return [slice(start, start + size) for start in range(0, rows, size)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, no_end: Tensor, softmax: Softmax) -> Tensor:
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, no_end: Tensor, softmax: Softmax) -> Tensor:
+    """The logits ``[n, V]`` that were drawn from: at the sampler's temperature, minus infinity where forbidden."""
     dtype = hidden.dtype
     logits = torch.nn.functional.linear(
         hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

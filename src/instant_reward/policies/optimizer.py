@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,49 +34,71 @@ class Optimization:
     max_grad_norm: float = 1.0
 
 
-class Stepper:
-    """Holds the optimizer and its schedule. ``step`` returns the gradient's norm before it was bounded."""
+@dataclass(frozen=True)
+class Group:
+    """Parameters that step at a rate of their own and whose gradient is bounded apart from the others'."""
 
-    def __init__(self, parameters: Iterable[Tensor], settings: Optimization) -> None:
+    parameters: Sequence[Tensor]
+    learning_rate: float
+
+
+class Stepper:
+    """Holds the optimizer and its schedule."""
+
+    def __init__(self, groups: Sequence[Group], settings: Optimization) -> None:
         self.settings = settings
-        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self.groups = [
+            Group([one for one in group.parameters if one.requires_grad], group.learning_rate) for group in groups
+        ]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+            [{"params": list(group.parameters), "lr": group.learning_rate} for group in self.groups],
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
         self.done = 0
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the next step."""
+        """The rate of the next step, of the first group."""
+        return self.groups[0].learning_rate * self._share()
+
+    def _share(self) -> float:
+        """What the schedule leaves of the rates."""
         settings, step = self.settings, self.done
         if step < settings.warmup:
-            return settings.learning_rate * (step + 1) / settings.warmup
+            return (step + 1) / settings.warmup
         progress = min(1.0, (step - settings.warmup) / max(1, settings.steps - settings.warmup))
         if settings.schedule == "linear":
-            return settings.learning_rate * (1.0 - progress)
+            return 1.0 - progress
         if settings.schedule == "cosine":
-            return settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
-        return settings.learning_rate
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        return 1.0
 
-    def step(self) -> float:
+    def step(self) -> list[float]:
         """One step from the gradients that have gathered; they are cleared.
+
+        Returns:
+            Each group's gradient norm before it was bounded.
 
         Raises:
             RunError: where the gradient is not finite; the parameters and the optimizer stay as they were.
         """
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
-        if not math.isfinite(norm):  # such a step would destroy the policy, and to leave it out would hide that
+        bound = self.settings.max_grad_norm
+        norms = [float(torch.nn.utils.clip_grad_norm_(group.parameters, bound)) for group in self.groups]
+        if not all(
+            map(math.isfinite, norms)
+        ):  # such a step would destroy the policy, and to leave it out would hide that
             self.optimizer.zero_grad(set_to_none=True)
             raise RunError(
                 f"the gradient of optimizer step {self.done + 1} is not finite, and the policy was left as it was; "
                 "lower train.learning_rate, or look for extreme rewards in samples.jsonl"
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+        for group, own in zip(self.optimizer.param_groups, self.groups, strict=True):
+            group["lr"] = own.learning_rate * self._share()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
-        return norm
+        return norms
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to hold."""

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from instant_reward.text import Pieces
 from instant_reward.types import Every, Prompt, Span, Stop, UserError, View
@@ -46,6 +46,9 @@ class Reward:
     takes: Takes = "view"
     train: bool = True
     segmenter: Callable[[str], Sequence[str]] | None = None
+    # Whether it is asked about an empty last piece where a text ends behind its last piece (a line and the end token):
+    # so that it always learns of the end.
+    sees_end: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.takes == "state" and inspect.isclass(self.function):

@@ -145,9 +145,9 @@ class Watch:
         for index, one in enumerate(self.rewards):
             pieces = [
                 piece
-                for by_row, skipped in zip(cut[self._way_of[index]], skip, strict=True)
+                for by_row, (row, done), skipped in zip(cut[self._way_of[index]], rows, skip, strict=True)
                 if index not in skipped
-                for piece in by_row
+                for piece in by_row or ([self._ending(row, self._way_of[index])] if done and one.sees_end else [])
             ]
             if pieces:
                 self._ask(index, one, pieces)
@@ -179,10 +179,20 @@ class Watch:
                 info=row.prompt.info,
                 done=final,
                 tokens=end_token - start_token,
+                sampled=seen - first,
             )
             result.append(_Piece(row, view, start_token, end_token, seen))
             cursor.character, cursor.token = end, end_token
         return result
+
+    @staticmethod
+    def _ending(row: _Row, way: int) -> _Piece:
+        """An empty last piece, for a text that ends where its last piece had ended already."""
+        seen = len(row.char_ends)
+        start = min(row.cursors[way].token, seen - 1)
+        sampled = seen - len(row.prompt.token_ids)
+        view = View(row.text, "", row.prompt, row.prompt.info, done=True, tokens=seen - start, sampled=sampled)
+        return _Piece(row, view, start, seen, seen)
 
     def _ask(self, index: int, one: Reward, pieces: Sequence[_Piece]) -> None:
         if one.batched and one.takes != "state":

@@ -24,6 +24,7 @@ class Settings:
         rows: texts decoded side by side.
         stop_lag: decoding steps between a token and the moment a reward's stop takes its row out. Fixed, so that a
             slow reward never changes a batch's shape.
+        guide: adds so many times the critic's Q of each next token, less its V, to the logits.
     """
 
     max_new_tokens: int = 32
@@ -34,6 +35,7 @@ class Settings:
     stop: tuple[str, ...] = ()
     rows: int = 64
     stop_lag: int = 4
+    guide: float = 0.0
 
     def __post_init__(self) -> None:
         rules = (
@@ -44,6 +46,7 @@ class Settings:
             ("top_k", self.top_k >= 0, "0 (all) or more"),
             ("rows", self.rows >= 1, "at least 1"),
             ("stop_lag", self.stop_lag >= 0, "0 or more"),
+            ("guide", 0 <= self.guide < float("inf"), "0 or more"),
             ("stop", not isinstance(self.stop, str) and all(self.stop), "a list of strings that are not empty"),
         )
         for name, holds, need in rules:

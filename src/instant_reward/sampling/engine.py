@@ -83,6 +83,14 @@ class Engine:
         self._decoder = TextDecoder(policy.tokenizer)
         self._model: Any = _bfloat16_copy(policy.model) if self._copies else policy.model
         self._pad = policy.pad_id
+        self._critic = policy.critic
+        if settings.guide and (
+            policy.critic is None or policy.critic.base is not None or not policy.critic.need.tables
+        ):
+            raise UserError(
+                "sampling.guide: it takes a critic of next tokens on the policy's own trunk; train with "
+                "algorithm.name=ilql and algorithm.critic.model=head, or leave it out"
+            )
         self.load(policy, version)
 
     def load(self, policy: CausalPolicy, version: int) -> None:
@@ -150,7 +158,7 @@ class Engine:
         out = base(input_ids=ids.to(self.device), use_cache=True)
         last = torch.tensor([len(prompt.token_ids) - 1 for prompt in prompts])
         states = out.last_hidden_state[torch.arange(len(prompts)), last.to(self.device)]
-        return out.past_key_values, self._wide(self._model.get_output_embeddings()(states))
+        return out.past_key_values, self._logits(states)
 
     @torch.inference_mode()
     def decode(self, tokens: list[int], cache: SlotCache) -> Tensor:
@@ -159,7 +167,7 @@ class Engine:
         ids = torch.tensor(tokens, device=self.device)[:, None]
         base = getattr(self._model, self._model.base_model_prefix)
         out = base(input_ids=ids, position_ids=positions, attention_mask=look, past_key_values=cache, use_cache=True)
-        return self._wide(self._model.get_output_embeddings()(out.last_hidden_state[:, -1]))
+        return self._logits(out.last_hidden_state[:, -1])
 
     def new_cache(self, groups: Sequence[Sequence[_Text]]) -> SlotCache:
         """Room for the longest prompt with a full text behind it, in every slot."""
@@ -167,9 +175,13 @@ class Engine:
         slots = min(self.settings.rows, sum(len(texts) for texts in groups))
         return SlotCache(slots, longest + self.settings.max_new_tokens, self._model.config.num_hidden_layers)
 
-    @staticmethod
-    def _wide(logits: Tensor) -> Tensor:
-        return logits if logits.dtype == torch.float64 else logits.float()
+    def _logits(self, states: Tensor) -> Tensor:
+        """``[R, V]``, guided by the critic where the settings ask for it."""
+        logits: Tensor = self._model.get_output_embeddings()(states)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if self.settings.guide and self._critic is not None:
+            logits = logits + self.settings.guide * self._critic.least(states).to(logits.dtype)
+        return logits
 
 
 def _bfloat16_copy(model: Any) -> Any:
@@ -294,8 +306,10 @@ class _Stream:
             text.settled = True
             if text.active:
                 self._leave(text)
-            # A text that ended by itself with the token at which a reward stops it has ended.
-            yield self._finish(text, text.reason if done and text.reason else "stopped")
+            # A text that ended by itself with the token at which a reward stops it has ended. One that would have been
+            # cut off there is stopped: it is finished, and nothing is expected beyond it.
+            ended = done and text.reason is not None and (text.reason == "ended" or stopped_at is None)
+            yield self._finish(text, text.reason if ended and text.reason else "stopped")
 
     def _finish(self, text: _Text, reason: StopReason) -> Rollout:
         characters, char_ends, marks = self.watch.close(text.key)

@@ -1,0 +1,328 @@
+"""Where a step's texts come from: sampled afresh, sampled again for groups without difference, kept from earlier steps,
+or given in a file."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from instant_reward.algorithms import Algorithm
+from instant_reward.batch import collate
+from instant_reward.config import Config
+from instant_reward.credit import Source
+from instant_reward.data import Prompts, to_prompts
+from instant_reward.policies.causal import CausalPolicy
+from instant_reward.presets import Preset
+from instant_reward.records import rollout_from_record, rollout_record
+from instant_reward.rewards.base import Reward
+from instant_reward.rewards.watch import Watch, replay
+from instant_reward.sampling.engine import Engine, in_order
+from instant_reward.text import TextDecoder
+from instant_reward.types import Prompt, Rollout, UserError
+
+Group = list[Rollout]
+
+
+class Sampled:
+    """Texts from the policy itself.
+
+    Args:
+        prompts: the training prompts.
+        skip_equal: leave out groups whose texts all earned the same, and sample other prompts in their place (Yu et
+            al., 2025, "DAPO", equation 11), ``refill`` times at most.
+        sources: the learned ones, by which equals are told.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        rewards: Sequence[Reward],
+        config: Config,
+        sources: Sequence[Source],
+        skip_equal: bool,
+    ) -> None:
+        self.config, self.rewards, self.skip_equal = config, list(rewards), skip_equal
+        self.weights = {source.name: source.weight for source in sources if source.earned}
+        per_step = config.train.prompts_per_step
+        self.prompts = Prompts(prompts, per_step, config.seed)
+        self.others = Prompts(prompts, per_step, config.seed + 1)
+        self.skipped = 0
+
+    def groups(self, sampler: Engine, step: int) -> list[Group]:
+        """The groups of a step; where all of them are equal in every round, those of the last round."""
+        refills = self.config.algorithm.refill if self.skip_equal else 0
+        wanted = self.config.train.prompts_per_step
+        kept: list[Group] = []
+        self.skipped = 0
+        for turn in range(refills + 1):
+            prompts = self.prompts.batch(step) if turn == 0 else self.others.batch((step - 1) * refills + turn)
+            # Another seed in each round: the same prompt must not get the same texts again.
+            found = self._sample(sampler, prompts, self.config.seed + turn * 1_000_003, step)
+            differing = [group for group in found if not self.skip_equal or not _equal(group, self.weights)]
+            self.skipped += len(found) - len(differing)
+            kept += differing
+            if len(kept) >= wanted:
+                break
+        return kept[:wanted] or found
+
+    def _sample(self, sampler: Engine, prompts: Sequence[Prompt], seed: int, step: int) -> list[Group]:
+        stream = sampler.stream(prompts, self.config.train.group_size, self.rewards, seed, step)
+        return list(_by_group(in_order(stream)))
+
+
+class Given:
+    """Texts from a file, scored by replaying the rewards over them; nothing is sampled.
+
+    Args:
+        groups: the texts, those of one prompt together.
+        skip_equal: leave out groups whose texts all earned the same, where others are left.
+        sources: the learned ones, by which equals are told.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        rewards: Sequence[Reward],
+        config: Config,
+        sources: Sequence[Source],
+        skip_equal: bool,
+    ) -> None:
+        self.rewards, self.skip_equal = list(rewards), skip_equal
+        self.scored: set[int] = set()
+        self.weights = {source.name: source.weight for source in sources if source.earned}
+        self.order = Prompts(list(groups), config.train.prompts_per_step, config.seed)
+        self.skipped = 0
+
+    def groups(self, sampler: Engine, step: int) -> list[Group]:
+        """The groups of a step, scored."""
+        del sampler  # the policy that is trained wrote none of them
+        found = self.order.batch(step)
+        for rollout in (rollout for group in found for rollout in group):
+            if id(rollout) not in self.scored:  # a text that comes again keeps its marks
+                rollout.marks = replay(self.rewards, rollout)
+                self.scored.add(id(rollout))
+        kept = [group for group in found if not self.skip_equal or not _equal(group, self.weights)]
+        self.skipped = len(found) - len(kept)
+        return kept or found
+
+
+@dataclass
+class Replay:
+    """Recent groups that join later steps once more.
+
+    Attributes:
+        count: how many groups join each step.
+        staleness: a group may have been sampled by a policy at most so many steps old.
+        kept: each group with the step that it was sampled at.
+    """
+
+    count: int
+    staleness: int
+    seed: int
+    kept: list[tuple[int, Group]] = field(default_factory=list)
+
+    def exchange(self, fresh: Sequence[Group], step: int) -> list[Group]:
+        """Takes in a step's fresh groups; hands out older ones."""
+        self.kept = [(born, group) for born, group in self.kept if step - born <= self.staleness]
+        chosen = random.Random(f"{self.seed}/replay/{step}").sample(self.kept, min(self.count, len(self.kept)))
+        self.kept += [(step, list(group)) for group in fresh]
+        return [group for _, group in chosen]
+
+    def save(self, path: Path) -> None:
+        """Writes what is kept, a line a group."""
+        lines = [
+            json.dumps({"step": step, "group": [rollout_record(rollout) for rollout in group]})
+            for step, group in self.kept
+        ]
+        path.write_text("\n".join(lines))
+
+    def load(self, path: Path) -> None:
+        """Takes back what ``save`` wrote."""
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        self.kept = [(one["step"], [rollout_from_record(record) for record in one["group"]]) for one in records]
+
+
+def _equal(group: Group, weights: Mapping[str, float]) -> bool:
+    """Whether all texts of a group earned the same."""
+    totals = [sum(weight * rollout.total(name) for name, weight in weights.items()) for rollout in group]
+    return max(totals) - min(totals) < 1e-6
+
+
+def numbered(groups: Sequence[Group]) -> list[Rollout]:
+    """The texts of all groups in a row, each group with a number of its own."""
+    return [replace(rollout, group=number) for number, group in enumerate(groups) for rollout in group]
+
+
+def _by_group(rollouts: Sequence[Rollout]) -> Iterator[Group]:
+    groups: dict[int, Group] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.group, []).append(rollout)
+    yield from groups.values()
+
+
+def texts_of(
+    config: Config,
+    rows: Sequence[Mapping[str, Any]],
+    policy: CausalPolicy,
+    rewards: Sequence[Reward],
+    algorithm: Algorithm,
+) -> Sampled | Given:
+    """Where a run's texts come from: given in a file or in a column, or sampled from the policy.
+
+    Args:
+        rows: the data's; none where whole rollouts are given.
+    """
+    if config.data.rollouts is not None:
+        recorded = recorded_groups(config.data.rollouts)
+        check_recorded(recorded, policy, config.model.max_context)
+        return Given(recorded, rewards, config, algorithm.sources, algorithm.preset.skip_equal)
+    room = 0 if config.data.completion else config.sampling.max_new_tokens
+    limit = min(policy.context, config.model.max_context or policy.context) - room
+    prompts = to_prompts(rows, policy.tokenizer, column=config.data.column, max_tokens=limit)
+    if config.data.completion is not None:
+        written = written_groups(prompts, config.data.completion, policy)
+        return Given(written, rewards, config, algorithm.sources, algorithm.preset.skip_equal)
+    return Sampled(prompts, rewards, config, algorithm.sources, algorithm.preset.skip_equal)
+
+
+def check_source(config: Config, preset: Preset) -> None:
+    """Refuses texts that an algorithm would take for the policy's own.
+
+    Raises:
+        UserError: names the option that makes up for it, or what a guided decoding needs.
+    """
+    corrected = preset.loss in ("clipped", "cispo") or preset.returns == "vtrace" or config.algorithm.importance
+    # Of next tokens, the one-step target holds whoever wrote the text.
+    one_step = preset.loss == "all_actions" and config.algorithm.critic.lam == 0
+    imitates = preset.weigh != "none" or preset.loss in ("ilql", "none") or one_step
+    given = config.data.rollouts or config.data.completion
+    if config.sampling.guide and (preset.loss != "ilql" or config.algorithm.critic.model != "head"):
+        raise UserError(
+            "sampling.guide: it takes a critic of next tokens on the policy's own trunk; set algorithm.name to ilql "
+            "and algorithm.critic.model to head, or leave it out"
+        )
+    if (config.train.replay or given) and not corrected and not imitates:
+        raise UserError(
+            f"{'data' if given else 'train.replay'}: {config.algorithm.name} takes these texts for the policy's own, "
+            "which biases its step; set algorithm.importance, or use ppo, vtrace, awr, raft, ilql, or qac with "
+            "critic.lam=0"
+        )
+    if config.data.completion and (not imitates or config.algorithm.importance):
+        raise UserError(
+            "data.completion: nobody knows with what chances these texts were written, so ratios to them mean "
+            "nothing; use awr, rwr, raft, ilql or value"
+        )
+    if given and config.train.replay:
+        raise UserError("train.replay: the texts are given and come again in every epoch; leave it out")
+
+
+def recorded_groups(path: str | Path) -> list[Group]:
+    """The texts that a run wrote into its ``samples.jsonl``, or that ``rollout_record`` made, by prompt and step.
+
+    Raises:
+        UserError: the file is not there, or a line is no record.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"data.rollouts: there is no file {file}; name a run's samples.jsonl")
+    groups: dict[Any, Group] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}, line {number} is not JSON ({error.msg}): mend that line") from None
+        rollout = rollout_from_record(record)
+        key = (record.get("step"), rollout.group, tuple(rollout.prompt.token_ids))
+        groups.setdefault(key, []).append(rollout)
+    if not groups:
+        raise UserError(f"data.rollouts: {file} holds no texts; name another file")
+    return list(groups.values())
+
+
+def check_recorded(groups: Sequence[Group], policy: CausalPolicy, max_context: int | None = None) -> None:
+    """Refuses texts that this policy cannot have written or cannot read.
+
+    Raises:
+        UserError: another tokenizer's tokens, texts too long, or drawn at different temperatures or at none.
+    """
+    texts = [rollout for group in groups for rollout in group]
+    room = min(policy.context, max_context or policy.context)
+    size = policy.model.get_output_embeddings().weight.shape[0]
+    decoder = TextDecoder(policy.tokenizer)
+    for number, rollout in enumerate(texts):
+        where = f"data.rollouts: the text {rollout.id}"
+        if len(rollout.token_ids) > room:
+            raise UserError(f"{where} has {len(rollout.token_ids)} tokens, and the model reads {room}; leave it out")
+        foreign = max(rollout.token_ids) >= size
+        if number < 8 and not foreign and all(rollout.mask[rollout.start :]):
+            foreign = decoder.char_ends(rollout.token_ids[rollout.start :])[0] != rollout.text
+        if foreign:
+            raise UserError(f"{where} is of another tokenizer than the model's; use that model, or other texts")
+    temperatures = {rollout.temperature for rollout in texts}
+    if len(temperatures) > 1 or min(temperatures) <= 0:
+        listed = ", ".join(f"{one:g}" for one in sorted(temperatures))
+        raise UserError(
+            f"data.rollouts: the texts were drawn at temperature {listed}, and all must have one, above 0; split them"
+        )
+
+
+def written_groups(prompts: Sequence[Prompt], column: str, policy: CausalPolicy) -> list[Group]:
+    """Texts of the data's own as rollouts: the prompt, the text in ``column`` and an end token; by prompt.
+
+    Their log-probabilities are the policy's as it is now: nobody knows with what chances they were written.
+
+    Raises:
+        UserError: a row has no such column, or its text is empty or too long.
+    """
+    decoder = TextDecoder(policy.tokenizer)
+    groups: dict[str, Group] = {}
+    for number, prompt in enumerate(prompts):
+        rollout = _written(prompt, column, number, policy, decoder)
+        groups.setdefault(prompt.text, []).append(rollout)
+    texts = [rollout for group in groups.values() for rollout in group]
+    for start in range(0, len(texts), 64):
+        some = texts[start : start + 64]
+        scored = policy.score(collate(some, pad_id=policy.pad_id))
+        for row, rollout in enumerate(some):
+            rollout.logprobs = scored[row, : len(rollout.token_ids)].tolist()
+    return list(groups.values())
+
+
+def _written(prompt: Prompt, column: str, number: int, policy: CausalPolicy, decoder: TextDecoder) -> Rollout:
+    text = prompt.info.get(column)
+    if not isinstance(text, str) or not text:
+        raise UserError(f"data.completion: prompt {prompt.id} has no text in its column {column!r}; correct the row")
+    own = policy.tokenizer.eos_token_id  # a model may know several ends: the tokenizer's is the one of a turn
+    end = [own] if own is not None else list(policy.end_ids[:1])
+    ids = [*policy.tokenizer(text, add_special_tokens=False)["input_ids"], *end]
+    length = len(prompt.token_ids) + len(ids)
+    if length > policy.context:
+        raise UserError(
+            f"data.completion: prompt {prompt.id} and its text have {length} tokens, and the model reads "
+            f"{policy.context}; shorten them"
+        )
+    watch = Watch([], decoder)
+    watch.open(number, prompt)
+    watch.feed(number, ids, True)
+    characters, char_ends, _ = watch.close(number)
+    first = len(prompt.token_ids)
+    return Rollout(
+        id=f"{prompt.id}/{number}",
+        group=0,
+        prompt=prompt,
+        token_ids=[*prompt.token_ids, *ids],
+        mask=[False] * first + [True] * len(ids),
+        logprobs=[0.0] * length,
+        char_ends=char_ends,
+        text=characters,
+        marks=[],
+        versions=[-1] * first + [0] * len(ids),
+        stop="ended" if end else "length",
+        info=prompt.info,
+    )

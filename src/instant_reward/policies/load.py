@@ -1,0 +1,127 @@
+"""Models and tokenizers from where they lie, ready to be policies, critics and teachers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from instant_reward import models
+from instant_reward.policies.states import trunk
+from instant_reward.types import UserError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float64"]
+
+
+def load_model(name: str, compute: torch.dtype, place: str) -> tuple[Any, Any]:
+    """A causal language model in its master dtype, and its tokenizer.
+
+    Raises:
+        UserError: where the model is not there or cannot be read.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = models.locate(name)
+    master = torch.float64 if compute == torch.float64 else torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=master, attn_implementation="sdpa")
+        return model.to(place), tokenizer
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the model in {folder} cannot be loaded: {_first_line(error)}; check the folder") from error
+
+
+def load_beside(name: str, compute: torch.dtype, place: str, tokenizer: Any, what: str) -> Any:
+    """Another model for the same tokens: a teacher or a critic's trunk.
+
+    Args:
+        tokenizer: the policy's.
+        what: the option that named it, for the message.
+
+    Raises:
+        UserError: where its tokenizer is another one.
+    """
+    model, own = load_model(name, compute, place)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"{what}: {name} has another tokenizer than the policy, so it cannot read its tokens; use another"
+        )
+    check_attention(model)
+    check_head(model)
+    return model.eval().requires_grad_(False)
+
+
+def with_lora(
+    model: Any,
+    rank: int = 16,
+    alpha: float = 32.0,
+    dropout: float = 0.0,
+    targets: str | list[str] = "all-linear",
+) -> Any:
+    """The model in its peft wrapper, with an adapter of low rank to train."""
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise UserError("model.lora needs the package peft; run: pip install 'instant-reward[lora]'") from error
+    if dropout:
+        raise UserError(
+            "model.lora.dropout must be 0: dropout makes the trainer's log-probabilities differ from the sampler's"
+        )
+    scale: Any = alpha  # peft says that it must be an integer, and takes any number
+    settings = peft.LoraConfig(
+        r=rank, lora_alpha=scale, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    return peft.get_peft_model(model, settings)
+
+
+def compute_dtype(dtype: Dtype, place: str) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    if dtype in known:
+        return known[dtype]
+    if dtype != "auto":
+        raise UserError(f"dtype={dtype!r} is unknown; use one of auto, {', '.join(known)}")
+    if place.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    # Without such instructions a processor emulates bfloat16, many times slower than float32.
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    found: list[int] = []
+    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(sorted(set(found)))
+
+
+def check_attention(model: Any) -> None:
+    """Both the sampler and the shared layout say by a mask of their own what each token may look at."""
+    kind = model.config._attn_implementation
+    if kind != "sdpa":
+        raise UserError(
+            f"{type(model).__name__} runs the attention {kind!r}, and only 'sdpa' is supported; load it with "
+            "attn_implementation='sdpa', or use another model"
+        )
+
+
+def check_head(model: Any) -> None:
+    """The log-probabilities are computed from the head's weight: a model that does more to its logits is refused."""
+    head = model.get_output_embeddings()
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        states = trunk(model)(input_ids=ids, use_cache=False).last_hidden_state
+        plain = torch.nn.functional.linear(states, head.weight, getattr(head, "bias", None))
+    # A cap does next to nothing to the small logits of a young model, hence the look at the config.
+    capped = getattr(model.config, "final_logit_softcapping", None)
+    if capped or not torch.allclose(whole, plain, atol=1e-3, rtol=1e-3):
+        raise UserError(
+            f"{type(model).__name__} changes its logits after the output head (scaling or capping), which is not "
+            "supported; use another model"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

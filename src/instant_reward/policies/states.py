@@ -1,0 +1,67 @@
+"""Hidden states that predict the sampled tokens, out of a model's trunk; and values per token back on the batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instant_reward.batch import Batch
+from instant_reward.policies.layout import lay_out
+
+
+def trunk(model: Any) -> Any:
+    """The model without its output head."""
+    return getattr(model, model.base_model_prefix)
+
+
+def sampled_states(base: Any, batch: Batch, compute: torch.dtype) -> Tensor:
+    """The state that predicts each sampled token, ``[N, D]``, in the order of ``mask.nonzero()``.
+
+    Args:
+        base: a trunk.
+        compute: the dtype of the matrix products that the states go into.
+    """
+    device = next(base.parameters()).device
+    layout = lay_out(batch)
+    attention = None if layout.attention_mask is None else layout.attention_mask.to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=compute == torch.bfloat16):
+        states = base(
+            input_ids=layout.input_ids.to(device),
+            position_ids=layout.position_ids.to(device),
+            attention_mask=attention,
+            use_cache=False,
+        ).last_hidden_state
+    hidden: Tensor = states[layout.rows.to(device), layout.columns.to(device)]
+    return hidden.to(torch.bfloat16) if compute == torch.bfloat16 else hidden
+
+
+def on_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """Values of the sampled tokens, ``[N]`` or ``[N, K]``, as ``[B, L]`` or ``[B, K, L]``; 0 elsewhere."""
+    on = mask.bool()
+    at = on.nonzero(as_tuple=True)
+    values = values.to(on.device)
+    empty = torch.zeros(*on.shape, *values.shape[1:], dtype=values.dtype, device=on.device)
+    filled = empty.index_put(at, values)
+    return filled if values.dim() == 1 else filled.permute(0, 2, 1)
+
+
+def after_the_end(batch: Batch, pad_id: int) -> Batch:
+    """The texts that were cut off, each with one token more, the only one under the mask: its state has read it all."""
+    cut = batch.select(batch.cut_off.nonzero().flatten().tolist())
+    rows, longest = cut.token_ids.shape
+    column = torch.arange(longest + 1).expand(rows, -1)
+    last = column == cut.length[:, None]
+    padded = torch.nn.functional.pad(cut.token_ids, (0, 1), value=pad_id)
+    return replace(
+        cut,
+        token_ids=torch.where(last, pad_id, padded),
+        mask=last,
+        versions=torch.zeros_like(padded),
+        old_logprobs=torch.zeros(rows, longest + 1, dtype=cut.old_logprobs.dtype),
+        no_end=torch.zeros_like(last),
+        length=cut.length + 1,
+        shown=None,
+    )
