@@ -1,9 +1,9 @@
 """Dense against final rewards on a real model: the job of recipes/sentiment.yaml, the same texts and steps in each arm.
 
-    python experiments/real_model.py --jobs 2 --threads 1        (every run that is not there yet, then the summary)
-    python experiments/real_model.py --only-summary              (of the runs that are there)
+    python experiments/real_model.py --jobs 2 --threads 1        (every run that is not there yet, then the tables)
 
-Writes `experiments/results/real_model.json`, `.md` and `.png`.
+Each arm first chooses its learning rate by shorter runs with a seed of their own: that which scores most in the last
+three steps. Writes `experiments/results/real_model.json`, `.md` and `.png`.
 """
 
 from __future__ import annotations
@@ -11,21 +11,27 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import report
+import torch
+
 import instant_reward as ir
 
-HERE = Path(__file__).parent
-RECIPE = HERE.parent / "recipes" / "sentiment.yaml"
+RECIPE = Path(__file__).parents[1] / "recipes" / "sentiment.yaml"
+BASE = "final score only"
 FINAL = ["rewards.0.change=false", "rewards.0.every=end", "rewards.0.discount=1.0"]
 CRITIC = ["algorithm.name=a2c", "algorithm.lam=0.95", "algorithm.critic.model=head", "rewards.0.discount=1.0"]
 CRITIC += ["algorithm.critic.learning_rate=1e-3", "algorithm.critic.bootstrap=false"]
 ARMS = {
-    "final score only": FINAL,
+    BASE: FINAL,
     "change per word, discount 1": ["rewards.0.discount=1.0"],
     "change per word, discount 0.8": [],
     "change per word, critic, lambda 0.95": CRITIC,
@@ -33,118 +39,118 @@ ARMS = {
         *FINAL, f"rewards.0.use={Path(__file__)}:uniform", "rewards.0.at=span", "algorithm.biased_placement=allow",
     ],
 }  # fmt: skip
-LONG = ["sampling.max_new_tokens=96", "train.steps=12", "evaluate.prompts.args.limit=48"]
-# (tokens, learning rate, arms, seeds): what is run. The first line is the comparison, the others tune and lengthen it.
-PLAN: list[tuple[int, str, list[str], list[int]]] = [
-    (32, "6.0e-5", list(ARMS), [0, 1, 2]),
-    (32, "1.2e-4", list(ARMS)[:3], [0]),
-    (96, "6.0e-5", ["final score only", "change per word, discount 0.8"], [0, 1, 2]),
-]
+LENGTHS = {
+    "tune": ["train.steps=12", "evaluate.prompts=null"],
+    "32": [],
+    "96": ["sampling.max_new_tokens=96", "train.steps=12", "evaluate.prompts.args.limit=48"],
+}
+RATES, TUNING_SEED, SEEDS = ("3.0e-5", "6.0e-5", "1.2e-4"), 9, (0, 1, 2)
 LEVELS = (0.70, 0.75)
-_SCORES: list[Any] = []
+Plan = tuple[str, str, str, int]  # length, arm, learning rate, seed
+
+
+@cache
+def sentiment() -> Any:
+    from instant_reward.rewards.sentiment import ReviewSentiment
+
+    return ReviewSentiment()
 
 
 @ir.reward(every="end", at="span", name="sentiment")
 def uniform(view: ir.View) -> list[float]:
     """The final score in equal shares on all tokens of the text, which knew nothing of it: the control."""
-    from instant_reward.rewards.sentiment import ReviewSentiment
-
-    if not _SCORES:
-        _SCORES.append(ReviewSentiment())
-    return [_SCORES[0](view.text) / view.tokens] * view.tokens
+    return [sentiment()(view.text) / view.tokens] * view.tokens
 
 
-def run(tokens: int, rate: str, arm: str, seed: int, options: argparse.Namespace) -> Path:
+def folder(plan: Plan, options: argparse.Namespace) -> Path:
+    return Path(options.folder) / "-".join(map(str, plan)).replace(",", "").replace(" ", "-")
+
+
+def run(plan: Plan, options: argparse.Namespace) -> None:
     """One run in a process of its own; a finished one is not run again."""
-    out: Path = options.folder / f"{arm.replace(',', '').replace(' ', '-')}-{tokens}-{rate}-{seed}"
-    if not options.only_summary and not (out / "held_out" / "after.json").is_file():
-        overrides = [*ARMS[arm], *(LONG if tokens == 96 else []), f"train.learning_rate={rate}", f"seed={seed}"]
-        if options.threads:
-            overrides.append(f"train.threads={options.threads}")
-        command = [sys.executable, "-m", "instant_reward.cli", "train", str(RECIPE), *overrides, "--out", str(out)]
-        environment = {**os.environ, **({"OMP_NUM_THREADS": str(options.threads)} if options.threads else {})}
-        subprocess.run(command, check=True, env=environment)
-    return out
+    (length, arm, rate, seed), out = plan, folder(plan, options)
+    if (out / "report.html").is_file():
+        return
+    shutil.rmtree(out, ignore_errors=True)  # what an interrupted run left
+    overrides = [*ARMS[arm], *LENGTHS[length], f"train.learning_rate={rate}", f"seed={seed}"]
+    overrides.append(f"train.threads={options.threads}")
+    command = [sys.executable, "-m", "instant_reward.cli", "train", str(RECIPE), *overrides, "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}  # for the reward that is in this file
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    shutil.rmtree(out / "checkpoints")  # 1.6 GB each, and nothing here reads them
+    report.say(f"{out.name}: {scores(plan, options)[-1]:.3f}")
 
 
-def figures(out: Path, arm: str, empty: float) -> dict[str, Any]:
-    """The final score of each step's fresh texts, and the held-out one before and after."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    before, after = (
-        json.loads((out / "held_out" / f"{when}.json").read_text())["figures"] for when in ("before", "after")
-    )
+def all_of(plans: Iterable[Plan], options: argparse.Namespace) -> None:
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda plan: run(plan, options), plans))
+
+
+def scores(plan: Plan, options: argparse.Namespace) -> list[float]:
+    """The mean final score of each step's fresh texts, whose prompts were never trained on before."""
     # The changes add up to the final score less that of the empty text: with it, all arms are on one scale.
-    base = empty if arm.startswith("change") else 0.0
-    keys = ("score/sentiment", "score/vader", "perplexity", "distinct_2")
-    return {
-        "score": [row["reward/sentiment"] + base for row in rows],
-        "before": {key: before[key] for key in keys},
-        "after": {key: after[key] for key in keys},
-    }
+    base = float(sentiment()("")) if plan[1].startswith("change") else 0.0
+    rows = [json.loads(line) for line in (folder(plan, options) / "metrics.jsonl").read_text().splitlines()]
+    return [row["reward/sentiment"] + base for row in rows]
 
 
-def steps_to(scores: list[float], level: float) -> int | None:
+def steps_to(found: list[float], level: float) -> int | None:
     """The first step at which the mean of three steps' fresh texts is at the level; None where it never is."""
-    means = [sum(scores[max(0, step - 2) : step + 1]) / min(3, step + 1) for step in range(len(scores))]
-    return next((step + 1 for step, mean in enumerate(means) if mean >= level and step >= 2), None)
+    return next((step for step in range(3, len(found) + 1) if sum(found[step - 3 : step]) / 3 >= level), None)
 
 
-def table(found: dict[str, dict[str, Any]]) -> list[str]:
-    """The summary, a line for each arm, length and learning rate."""
-    lines = [
-        "| tokens | rate | arm | seeds | held-out score, before to after | perplexity | to 0.70 | to 0.75 |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for key, one in found.items():
-        tokens, rate, arm = key.split("|")
-        seeds = one["seeds"].values()
-        pairs = [
-            ", ".join(f"{seed['before'][name]:.{digits}f} to {seed['after'][name]:.{digits}f}" for seed in seeds)
-            for name, digits in (("score/sentiment", 3), ("perplexity", 0))
-        ]
-        reached = [
-            ", ".join(str(steps_to(seed["score"], level) or f"over {len(seed['score'])}") for seed in seeds)
-            for level in LEVELS
-        ]
-        cells = [tokens, rate, arm, ", ".join(one["seeds"]), *pairs, *reached]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+def chosen_rate(arm: str, options: argparse.Namespace) -> tuple[str, dict[str, float]]:
+    """The learning rate with the best last three steps of its tuning run, and what each rate got there."""
+    last = {rate: sum(scores(("tune", arm, rate, TUNING_SEED), options)[-3:]) / 3 for rate in RATES}
+    return max(RATES, key=lambda rate: last[rate]), last
+
+
+def row(length: str, arm: str, rate: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One arm's line of the table, with each seed's own numbers."""
+    curves = {seed: scores((length, arm, rate, seed), options) for seed in SEEDS}
+    held = [folder((length, arm, rate, seed), options) / "held_out" for seed in SEEDS]
+    ends = [[json.loads((one / f"{when}.json").read_text())["figures"] for when in ("before", "after")] for one in held]
+    line: dict[str, Any] = {"arm": arm, "learning rate": float(rate)}
+    for name, digits in (("score/sentiment", 2), ("perplexity", 0), ("distinct_2", 2)):
+        pairs = [" to ".join(f"{one[name]:.{digits}f}" for one in both) for both in ends]
+        line[f"held-out {name.removeprefix('score/')}"] = ", ".join(pairs)
+    for level in LEVELS:
+        steps = [steps_to(curve, level) for curve in curves.values()]
+        line[f"steps to {level}"] = ", ".join(str(one or f"over {len(curves[0])}") for one in steps)
+        line[f"reached {level}"] = steps
+    return {**line, "curves": list(curves.values()), "figures": [ends]}
+
+
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Beside each arm's steps to the first level, the ratio of its median to the final score's, with an interval."""
+    level = f"reached {LEVELS[0]}"
+    base = next(one for one in rows if one["arm"] == BASE)[level]
+    for one in rows:
+        point, low, high = report.ratio(one[level], base)
+        one |= {f"ratio to {BASE}": point, "low": None if one["arm"] == BASE else low, "high": high}
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    parser.add_argument("--threads", type=int, help="threads of each run")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run")
     parser.add_argument("--folder", type=Path, default=Path("runs/experiment-real-model"))
-    parser.add_argument("--only-summary", action="store_true", help="run nothing; leave out what is missing")
     options = parser.parse_args()
-    from instant_reward.evaluate.plot import curves
-    from instant_reward.rewards.sentiment import ReviewSentiment
-
-    options.folder.mkdir(parents=True, exist_ok=True)
-    wanted = [(tokens, rate, arm, seed) for tokens, rate, arms, seeds in PLAN for arm in arms for seed in seeds]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        outs = list(pool.map(lambda one: run(*one, options), wanted))
-    empty = ReviewSentiment()("")
-    found: dict[str, dict[str, Any]] = {}
-    plotted: dict[str, list[list[dict[str, object]]]] = {}
-    for (tokens, rate, arm, seed), out in zip(wanted, outs, strict=True):
-        if not (out / "held_out" / "after.json").is_file():
-            continue
-        one = figures(out, arm, empty)
-        found.setdefault(f"{tokens}|{rate}|{arm}", {"seeds": {}})["seeds"][str(seed)] = one
-        if (tokens, rate) == (32, "6.0e-5"):
-            line: list[dict[str, object]] = [
-                {"step": n + 1, "final score": value} for n, value in enumerate(one["score"])
-            ]
-            plotted.setdefault(arm, []).append(line)
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "real_model.json").write_text(json.dumps(found, indent=1) + "\n")
-    (HERE / "results" / "real_model.md").write_text(
-        "\n".join(["# Dense against final rewards on SmolLM2-135M", "", *table(found), ""])
+    all_of([("tune", arm, rate, TUNING_SEED) for arm in ARMS for rate in RATES], options)
+    rates = {arm: chosen_rate(arm, options) for arm in ARMS}
+    lengths = {"32": list(ARMS), "96": [BASE, "change per word, discount 0.8"]}
+    all_of(
+        [(key, arm, rates[arm][0], seed) for key, arms in lengths.items() for seed in SEEDS for arm in arms], options
     )
-    curves(plotted, HERE / "results" / "real_model.png", key="final score")
-    print("\n".join(table(found)))
+    tables: dict[str, list[dict[str, Any]]] = {
+        f"{key} new tokens": compared([row(key, arm, rates[arm][0], options) for arm in arms])
+        for key, arms in lengths.items()
+    }
+    panels = {title: {one["arm"]: torch.tensor(one["curves"]) for one in rows} for title, rows in tables.items()}
+    tuned = [{"arm": arm, **{f"rate {rate}": last[rate] for rate in RATES}} for arm, (_, last) in rates.items()]
+    tables["score of the tuning runs, last three of 12 steps"] = tuned
+    report.publish("real_model", report.Asked(len(SEEDS), False, report.RESULTS), tables, panels, LEVELS[0])
 
 
 if __name__ == "__main__":

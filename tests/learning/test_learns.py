@@ -72,7 +72,7 @@ def learned(path: Path, algorithm: Any, rewards: list[Any], steps: int = 40, **s
     train = {"steps": steps, "prompts_per_step": 2, "learning_rate": 1e-2, **sections.pop("train", {})}
     config = ir.Config.build(
         {
-            "model": str(folder),
+            "model": {"name": str(folder), "dtype": "float32"},  # "auto" hangs on the machine
             "data": {"prompts": PROMPTS},
             "algorithm": algorithm,
             "sampling": {"max_new_tokens": 6, **sections.pop("sampling", {})},
@@ -155,7 +155,8 @@ def test_a_teacher_is_followed(way: dict[str, Any], tmp_path: Path) -> None:
     # With discount 1 a token answers for all that follows it, which is noisy without siblings to compare with.
     baseline = {"baseline": "leave_one_out"} if way.get("discount") else {}
     run = learned(tmp_path, {"name": "distill", "teacher": {"model": str(teacher), **way}, **baseline}, [])
-    away = [row["teacher_kl"] for row in run.metrics]
+    # With discount 1 it is the whole text's KL that falls: the KL per token may rise meanwhile, as texts end sooner.
+    away = [row["teacher_kl"] * (row["length"] if way.get("discount") else 1.0) for row in run.metrics]
     assert sum(away[-5:]) < 0.75 * sum(away[:5]), away
 
 

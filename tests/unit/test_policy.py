@@ -507,7 +507,11 @@ class TestSaving:
         assert torch.allclose(by_definition(model, ids, mask), expected, **EXACT)
         loaded = load_policy(str(folder), "float64")
         exact(loaded.model)
-        assert torch.equal(loaded.logprobs(ids, mask), expected)
+        kept, own = loaded.model.state_dict(), policy.model.state_dict()
+        assert kept.keys() == own.keys()
+        assert all(torch.equal(kept[name], own[name]) for name in own)
+        # How products are rounded hangs on where the weights lie in memory.
+        assert torch.allclose(loaded.logprobs(ids, mask), expected, **EXACT)
 
     def test_the_tokenizer_comes_along(self, tmp_path: Path) -> None:
         folder = tiny_policy().save(tmp_path)
