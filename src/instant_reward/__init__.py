@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from instant_reward.rewards.base import reward as reward
     from instant_reward.rewards.base import stop as stop
     from instant_reward.rewards.compose import change as change
+    from instant_reward.rewards.compose import weighted as weighted
+    from instant_reward.rewards.scope import replay_groups as replay_groups
     from instant_reward.rewards.shaping import potential as potential
     from instant_reward.rewards.watch import Watch as Watch
     from instant_reward.rewards.watch import replay as replay
@@ -65,9 +67,11 @@ _PUBLIC = {
     "losses": "losses",
     "potential": "rewards.shaping:potential",
     "replay": "rewards.watch:replay",
+    "replay_groups": "rewards.scope:replay_groups",
     "reward": "rewards.base:reward",
     "stop": "rewards.base:stop",
     "train": "train",
+    "weighted": "rewards.compose:weighted",
 }
 
 __all__ = [  # noqa: PLE0604 (every one a string)

@@ -20,7 +20,7 @@ from instant_reward.objective import objective
 from instant_reward.presets import PRESETS as PRESETS
 from instant_reward.presets import Preset, preset_of
 from instant_reward.rewards.base import Reward
-from instant_reward.types import Carried, CriticNeed, LossOutput, Needs, PolicyOutput, TeacherNeed
+from instant_reward.types import Carried, CriticNeed, LossOutput, Needs, PolicyOutput, TeacherNeed, UserError
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,23 @@ def build(config: AlgorithmConfig, rewards: Sequence[Reward], max_new_tokens: in
             would do nothing, or does not go with another.
     """
     preset = preset_of(config)
-    if preset.ratio == "decoupled" and config.importance is None:  # without weights it would be half of what it is
+    decoupled = preset.ratio == "decoupled" and preset.loss == "clipped"
+    if decoupled and config.importance is None:  # without weights it would be half of what it is
         config = config.model_copy(update={"importance": ImportanceConfig()})
     learned = [one for one in rewards if one.train]
     check(config, preset, learned)
     sources = [
         # A potential is paid back with the end of the text, however it ends: nothing of it is left beyond.
         Source(
-            one.name, one.weight, discount_of(config, one), one.at, one.every == "end" or shapes(one), not shapes(one)
+            one.name,
+            one.weight,
+            discount_of(config, one),
+            one.at,
+            final=one.every == "end" or shapes(one),
+            earned=not shapes(one),
+            rule=one.rule,
+            scaled=one.scaled,
+            clip=one.clip,
         )
         for one in learned
     ]
@@ -69,15 +78,26 @@ def build(config: AlgorithmConfig, rewards: Sequence[Reward], max_new_tokens: in
         sources.append(Source(TEACHER, config.teacher.weight, config.teacher.discount, dense="teacher"))
     if config.soft_length:
         sources.append(Source(LENGTH, final=True, dense="length"))
-    check_sources(config, preset, sources)
+    check_sources(config, preset, sources, [one.name for one in rewards if not one.train])
+    if config.soft_length and config.soft_length > max_new_tokens:
+        raise UserError(
+            f"algorithm.soft_length: {config.soft_length} is more than sampling.max_new_tokens ({max_new_tokens}), so "
+            "every text would be too long; lower it"
+        )
     return Algorithm(
         credit=partial(credit_batch, preset=preset, config=config, longest=max_new_tokens),
         loss=partial(objective, preset=preset, config=config, constant=float(max_new_tokens)),
-        adapt=partial(adapt, config=config),
+        adapt=partial(adapt, config=config, warming=config.critic.warmup if preset.critic else 0),
         sources=sources,
-        needs=needs(config, preset, len(sources), any(not source.final for source in sources)),
+        needs=needs(config, preset, len(sources), _go_on(sources, preset)),
         preset=preset,
     )
+
+
+def _go_on(sources: Sequence[Source], preset: Preset) -> bool:
+    """Whether more may be paid after a cut. One value of all sources cannot leave the final ones out: then nothing."""
+    together = all if preset.returns in ("q", "bellman") else any
+    return together(not source.final for source in sources)
 
 
 def needs(config: AlgorithmConfig, preset: Preset, sources: int, go_on: bool = True) -> Needs:
@@ -97,12 +117,15 @@ def needs(config: AlgorithmConfig, preset: Preset, sources: int, go_on: bool = T
             detach=config.critic.detach,
             learning_rate=config.critic.learning_rate,
             beyond=config.critic.bootstrap and go_on and preset.baseline != "value",
+            warmup=config.critic.warmup,
             target_rate=config.target_rate if preset.returns == "bellman" else 0.0,
         )
     return Needs(
         learns=preset.loss != "none",
         reference=config.kl > 0,
-        proximal=preset.returns == "vtrace" or config.importance is not None or preset.ratio == "decoupled",
+        proximal=preset.returns == "vtrace"
+        or config.importance is not None
+        or (preset.loss == "clipped" and preset.ratio in ("decoupled", "sequence")),
         entropy=config.entropy > 0,
         critic=critic,
         top_actions=config.top_actions if preset.loss == "all_actions" else None,

@@ -36,7 +36,9 @@ def _reward(config: RewardConfig) -> Reward:
     else:
         made = as_reward(found)
         made = made.but(every=every) if every is not None else made
-    changes: dict[str, Any] = {"name": config.label, "weight": config.weight, "train": config.train}
+    changes: dict[str, Any] = {"name": config.label, "train": config.train}
+    changes |= {"scaled": config.scaled, "clip": config.clip}
+    changes |= {"weight": config.weight} if isinstance(config.weight, float) else {"rule": config.weight}
     if config.discount is not None:
         changes["discount"] = config.discount
     if config.at != "seen":

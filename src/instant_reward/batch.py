@@ -13,7 +13,7 @@ from instant_reward.credit import Marks, Source
 from instant_reward.text import Pieces
 from instant_reward.types import Carried, Every, PolicyOutput, Rollout
 
-PER_TEXT = ("length", "prompt_length", "group", "cut_off", "bootstrap")
+PER_TEXT = ("length", "prompt_length", "group", "cut_off", "fresh", "bootstrap")
 
 
 @dataclass
@@ -26,6 +26,7 @@ class Batch:
         no_end: ``[B, L]``, True where the end tokens were forbidden while sampling (``min_new_tokens``).
         length, prompt_length, group: int64 ``[B]``.
         cut_off: bool ``[B]``, texts that ran into the length limit, told apart from those that ended or were stopped.
+        fresh: bool ``[B]``, texts that the policy wrote as it was when the step began; None where all are.
         sources: the ``K`` reward sources; ``marks`` point into them.
         temperature: the sampler's.
         text_count, token_count: counts over the whole batch, also in a part of it, so that any split sums to one step.
@@ -58,6 +59,7 @@ class Batch:
     text_count: int
     token_count: int
     carried: Carried = field(default_factory=Carried)
+    fresh: Tensor | None = None
     pieces: Tensor | None = None
     shown: Batch | None = None
     ref_logprobs: Tensor | None = None
@@ -75,6 +77,11 @@ class Batch:
 
     def __len__(self) -> int:
         return int(self.token_ids.shape[0])
+
+    @property
+    def own(self) -> Tensor:
+        """``[B, L]``, the sampled tokens of the policy's own texts, as it was when the step began."""
+        return self.mask if self.fresh is None else self.mask & self.fresh[:, None]
 
     def select(self, rows: Sequence[int]) -> Batch:
         """The same batch with these rows only, trimmed to the longest; the counts stay the whole batch's."""
@@ -142,6 +149,7 @@ def collate(
     pad_id: int = 0,
     dtype: torch.dtype = torch.float32,
     pieces: Every | None = None,
+    fresh: int | None = None,
 ) -> Batch:
     """Right-pads rollouts into a batch. Marks of sources that are not named (held-out ones) stay out.
 
@@ -150,6 +158,7 @@ def collate(
         sources: the reward sources that are learned from.
         dtype: of rewards and log-probabilities.
         pieces: where pieces end, where they are the actions ("word", "sentence", "line", ...).
+        fresh: so many of the first ones were written by the policy as it is; all where it is not given.
     """
     assert rollouts, "a batch needs at least one rollout"
     rows, longest = len(rollouts), max(len(rollout.token_ids) for rollout in rollouts)
@@ -175,6 +184,7 @@ def collate(
         prompt_length=torch.tensor([rollout.start for rollout in rollouts]),
         group=torch.tensor([rollout.group for rollout in rollouts]),
         cut_off=torch.tensor([rollout.stop == "length" for rollout in rollouts]),
+        fresh=None if fresh is None else torch.arange(rows) < fresh,
         sources=list(sources),
         marks=_marks(rollouts, sources, dtype),
         temperature=rollouts[0].temperature,

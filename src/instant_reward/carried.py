@@ -8,25 +8,29 @@ from dataclasses import replace
 from instant_reward.batch import Batch
 from instant_reward.config_algorithm import AlgorithmConfig
 from instant_reward.types import Carried
+from instant_reward.weights import followed
 
 DECAY = 0.9  # of the running mean: it remembers about ten steps
 LARGEST = 0.2  # the relative error that a coefficient reacts to, Ziegler et al. (2019), section 2.2
 
 
-def adapt(batch: Batch, metrics: Mapping[str, float], config: AlgorithmConfig) -> Carried:
+def adapt(batch: Batch, metrics: Mapping[str, float], config: AlgorithmConfig, warming: int = 0) -> Carried:
     """What the next step begins with.
 
     Args:
         batch: the step's, credited.
+        warming: in so many steps at first the critic learns alone; the KL and the entropy do not follow what is done
+            about them yet, so their weights stay.
         metrics: the step's, with ``kl`` and ``entropy`` in nats per token where there are such targets.
     """
     before = batch.carried
-    kl = entropy = None
-    if config.kl_target is not None:
+    kl, entropy = before.kl, before.entropy
+    learns = before.step >= warming
+    if config.kl_target is not None and learns:
         kl = _followed(
             kl_weight(before, config), metrics["kl"] / config.kl_target - 1.0, len(batch) / config.kl_horizon
         )
-    if config.entropy_target is not None:
+    if config.entropy_target is not None and learns:
         entropy = _followed(
             entropy_weight(before, config), 1.0 - metrics["entropy"] / config.entropy_target, 0.1 / LARGEST
         )
@@ -35,7 +39,15 @@ def adapt(batch: Batch, metrics: Mapping[str, float], config: AlgorithmConfig) -
     mean = float(batch.returns[on].mean()) if bool(on.any()) else 0.0
     weight = DECAY * before.mean_weight + (1.0 - DECAY)
     mean_return = before.mean_return + (1.0 - DECAY) / weight * (mean - before.mean_return)
-    return replace(before, step=before.step + 1, kl=kl, entropy=entropy, mean_return=mean_return, mean_weight=weight)
+    return replace(
+        before,
+        step=before.step + 1,
+        kl=kl,
+        entropy=entropy,
+        mean_return=mean_return,
+        mean_weight=weight,
+        **followed(batch, metrics, (1.0 - DECAY) / weight),
+    )
 
 
 def kl_weight(carried: Carried, config: AlgorithmConfig) -> float:

@@ -86,6 +86,7 @@ def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     sample.add_argument("--top-p", type=float, default=1.0)
     sample.add_argument("--top-k", type=int, default=0)
     sample.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end a text where it says this")
+    sample.add_argument("--guide", type=float, help="so many times Q - V of an ilql run (default: as the run has it)")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     sample.add_argument("--jsonl", action="store_true", help="print rollouts with their marks as JSON lines")

@@ -16,10 +16,12 @@ from instant_reward.config import Config
 from instant_reward.credit import Source
 from instant_reward.data import Prompts, to_prompts
 from instant_reward.policies.causal import CausalPolicy
+from instant_reward.policies.teacher import check_template
 from instant_reward.presets import Preset
 from instant_reward.records import rollout_from_record, rollout_record
 from instant_reward.rewards.base import Reward
-from instant_reward.rewards.watch import Watch, replay
+from instant_reward.rewards.scope import remembering, replay_groups
+from instant_reward.rewards.watch import Watch
 from instant_reward.sampling.engine import Engine, in_order
 from instant_reward.text import TextDecoder
 from instant_reward.types import Prompt, Rollout, UserError
@@ -29,6 +31,8 @@ Group = list[Rollout]
 
 class Sampled:
     """Texts from the policy itself.
+
+    ``skipped`` counts the groups that the last step left out, and ``drawn`` holds all texts that it looked at.
 
     Args:
         prompts: the training prompts.
@@ -45,25 +49,28 @@ class Sampled:
         sources: Sequence[Source],
         skip_equal: bool,
     ) -> None:
-        self.config, self.rewards, self.skip_equal = config, list(rewards), skip_equal
-        self.weights = {source.name: source.weight for source in sources if source.earned}
+        self.weights = earned_weights(sources)
+        self.config, self.rewards = config, list(rewards)
+        self.skip_equal = skip_equal and bool(self.weights)  # without a reward all would be equals
         per_step = config.train.prompts_per_step
         self.prompts = Prompts(prompts, per_step, config.seed)
         self.others = Prompts(prompts, per_step, config.seed + 1)
         self.skipped = 0
+        self.drawn: list[Rollout] = []
 
     def groups(self, sampler: Engine, step: int) -> list[Group]:
         """The groups of a step; where all of them are equal in every round, those of the last round."""
         refills = self.config.algorithm.refill if self.skip_equal else 0
         wanted = self.config.train.prompts_per_step
         kept: list[Group] = []
-        self.skipped = 0
+        self.skipped, self.drawn = 0, []
         for turn in range(refills + 1):
             prompts = self.prompts.batch(step) if turn == 0 else self.others.batch((step - 1) * refills + turn)
             # Another seed in each round: the same prompt must not get the same texts again.
             found = self._sample(sampler, prompts, self.config.seed + turn * 1_000_003, step)
             differing = [group for group in found if not self.skip_equal or not _equal(group, self.weights)]
             self.skipped += len(found) - len(differing)
+            self.drawn += [rollout for group in found for rollout in group]
             kept += differing
             if len(kept) >= wanted:
                 break
@@ -93,20 +100,23 @@ class Given:
     ) -> None:
         self.rewards, self.skip_equal = list(rewards), skip_equal
         self.scored: set[int] = set()
-        self.weights = {source.name: source.weight for source in sources if source.earned}
+        self.weights = earned_weights(sources)
         self.order = Prompts(list(groups), config.train.prompts_per_step, config.seed)
         self.skipped = 0
+        self.drawn: list[Rollout] = []
 
     def groups(self, sampler: Engine, step: int) -> list[Group]:
         """The groups of a step, scored."""
         del sampler  # the policy that is trained wrote none of them
         found = self.order.batch(step)
-        for rollout in (rollout for group in found for rollout in group):
-            if id(rollout) not in self.scored:  # a text that comes again keeps its marks
-                rollout.marks = replay(self.rewards, rollout)
-                self.scored.add(id(rollout))
+        for group in found:
+            # Texts that come again keep their marks, unless a reward has learned of others in the meantime.
+            if id(group) not in self.scored or remembering(self.rewards):
+                replay_groups(self.rewards, group)
+                self.scored.add(id(group))
         kept = [group for group in found if not self.skip_equal or not _equal(group, self.weights)]
         self.skipped = len(found) - len(kept)
+        self.drawn = [rollout for group in found for rollout in group]
         return kept or found
 
 
@@ -146,6 +156,11 @@ class Replay:
         self.kept = [(one["step"], [rollout_from_record(record) for record in one["group"]]) for one in records]
 
 
+def earned_weights(sources: Sequence[Source]) -> dict[str, float]:
+    """By which equals are told: the weight of each source that a text earns from, 1 where it changes with the run."""
+    return {source.name: source.weight if source.rule is None else 1.0 for source in sources if source.earned}
+
+
 def _equal(group: Group, weights: Mapping[str, float]) -> bool:
     """Whether all texts of a group earned the same."""
     totals = [sum(weight * rollout.total(name) for name, weight in weights.items()) for rollout in group]
@@ -178,15 +193,37 @@ def texts_of(
     """
     if config.data.rollouts is not None:
         recorded = recorded_groups(config.data.rollouts)
-        check_recorded(recorded, policy, config.model.max_context)
+        ratios = bool(config.algorithm.importance) or algorithm.preset.loss in ("clipped", "cispo")
+        ratios = ratios or algorithm.preset.returns == "vtrace"
+        check_recorded(recorded, policy, config.model.max_context, ratios)
+        _check_sizes(recorded, config, algorithm.preset)
+        _check_teacher([group[0].prompt for group in recorded], config)
         return Given(recorded, rewards, config, algorithm.sources, algorithm.preset.skip_equal)
     room = 0 if config.data.completion else config.sampling.max_new_tokens
     limit = min(policy.context, config.model.max_context or policy.context) - room
     prompts = to_prompts(rows, policy.tokenizer, column=config.data.column, max_tokens=limit)
+    _check_teacher(prompts, config)
     if config.data.completion is not None:
         written = written_groups(prompts, config.data.completion, policy)
+        _check_sizes(written, config, algorithm.preset)
         return Given(written, rewards, config, algorithm.sources, algorithm.preset.skip_equal)
     return Sampled(prompts, rewards, config, algorithm.sources, algorithm.preset.skip_equal)
+
+
+def _check_teacher(prompts: Sequence[Prompt], config: Config) -> None:
+    teacher = config.algorithm.teacher
+    if teacher is not None and teacher.sees is not None:
+        check_template(prompts, teacher.sees)
+
+
+def _check_sizes(groups: Sequence[Group], config: Config, preset: Preset) -> None:
+    """Refuses a comparison of siblings that have none. "raft" may: alone in its group, each text is the best."""
+    compares = preset.groups and preset.weigh != "best"
+    if compares and max(map(len, groups)) < 2:
+        raise UserError(
+            f"data: {config.algorithm.name} compares the texts of one prompt, and each prompt here has one; give more, "
+            "or use awr, raft, ilql or value"
+        )
 
 
 def check_source(config: Config, preset: Preset) -> None:
@@ -205,11 +242,17 @@ def check_source(config: Config, preset: Preset) -> None:
             "sampling.guide: it takes a critic of next tokens on the policy's own trunk; set algorithm.name to ilql "
             "and algorithm.critic.model to head, or leave it out"
         )
+    if given and config.algorithm.kl_target is not None:
+        raise UserError(
+            "algorithm.kl_target: the KL is measured on texts of the policy's own, and these are given; leave it out"
+        )
     if (config.train.replay or given) and not corrected and not imitates:
+        instead = "use awr, rwr, raft, ilql or value"
+        if not config.data.completion:
+            instead = "set algorithm.importance, or use ppo, vtrace, awr, raft, ilql, or qac with critic.lam=0"
         raise UserError(
             f"{'data' if given else 'train.replay'}: {config.algorithm.name} takes these texts for the policy's own, "
-            "which biases its step; set algorithm.importance, or use ppo, vtrace, awr, raft, ilql, or qac with "
-            "critic.lam=0"
+            f"which biases its step; {instead}"
         )
     if config.data.completion and (not imitates or config.algorithm.importance):
         raise UserError(
@@ -245,8 +288,13 @@ def recorded_groups(path: str | Path) -> list[Group]:
     return list(groups.values())
 
 
-def check_recorded(groups: Sequence[Group], policy: CausalPolicy, max_context: int | None = None) -> None:
+def check_recorded(
+    groups: Sequence[Group], policy: CausalPolicy, max_context: int | None = None, ratios: bool = False
+) -> None:
     """Refuses texts that this policy cannot have written or cannot read.
+
+    Args:
+        ratios: whether their log-probabilities are compared with the policy's.
 
     Raises:
         UserError: another tokenizer's tokens, texts too long, or drawn at different temperatures or at none.
@@ -264,6 +312,14 @@ def check_recorded(groups: Sequence[Group], policy: CausalPolicy, max_context: i
             foreign = decoder.char_ends(rollout.token_ids[rollout.start :])[0] != rollout.text
         if foreign:
             raise UserError(f"{where} is of another tokenizer than the model's; use that model, or other texts")
+        if not any(rollout.mask):
+            raise UserError(f"{where} has no token that was sampled; leave it out")
+    reshaped = next((rollout.id for rollout in texts if rollout.reshaped), None)
+    if reshaped is not None and ratios:
+        raise UserError(
+            f"data.rollouts: the text {reshaped} was drawn with top-k, top-p or guidance, so ratios to its "
+            "log-probabilities mean nothing; use awr, rwr, raft, ilql or value, or texts drawn without"
+        )
     temperatures = {rollout.temperature for rollout in texts}
     if len(temperatures) > 1 or min(temperatures) <= 0:
         listed = ", ".join(f"{one:g}" for one in sorted(temperatures))

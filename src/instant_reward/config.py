@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 from instant_reward.config_algorithm import AlgorithmConfig as AlgorithmConfig
 from instant_reward.config_problems import report, sentences
 from instant_reward.config_section import Count, Fraction, NotNegative, Positive, Section, Text, Whole
+from instant_reward.config_weight import Weight
 from instant_reward.imports import resolve as resolve
 from instant_reward.presets import preset_of
 from instant_reward.yaml_values import apply_overrides, read_mapping, to_yaml
@@ -57,6 +58,11 @@ class DataConfig(Section):
     args: dict[str, Any] = {}
     limit: Count | None = None
 
+    @property
+    def given(self) -> bool:
+        """Whether the texts are given with it, and none is sampled."""
+        return self.rollouts is not None or self.completion is not None
+
     @field_validator("use")
     @classmethod
     def _use(cls, value: str | None) -> str | None:
@@ -90,6 +96,9 @@ class RewardConfig(Section):
     Attributes:
         use: ``module:name``, or a file as ``folder/file.py:name``.
         name: what its marks are called; the function's name when left out.
+        weight: in the sum that is learned from: a number, or a rule by which it changes while the run goes on
+            (``config_weight``), such as ``{rule: linear, start: 1, end: 0, steps: 100}``.
+        scaled: divide by the running deviation of what texts earn from it; clip: bound each of its marks.
         discount: per token; the algorithm's when left out.
         every: where pieces end ("token", "word", "sentence", "line", "end", a number of tokens, or ``module:name``);
             the function's own when left out.
@@ -101,7 +110,9 @@ class RewardConfig(Section):
     short = "use"
     use: Text
     name: Text | None = None
-    weight: float = 1.0
+    weight: Weight = 1.0
+    scaled: bool = False
+    clip: Positive | None = None
     discount: Annotated[float, Field(ge=0, le=1)] | None = None
     every: Annotated[str | int | None, Field(union_mode="left_to_right")] = None
     at: Literal["seen", "span"] = "seen"
@@ -207,6 +218,13 @@ class EvaluateConfig(Section):
     texts_per_prompt: Count = 1
     held_out: list[RewardConfig] = []
 
+    @field_validator("prompts")
+    @classmethod
+    def _prompts(cls, value: DataConfig | None) -> DataConfig | None:
+        if value is not None and (value.rollouts is not None or value.completion is not None):
+            raise ValueError("texts are sampled for these prompts; leave out rollouts and completion")
+        return value
+
 
 class Config(Section):
     """Everything that fixes a run. ``out`` is the run folder."""
@@ -237,10 +255,19 @@ class Config(Section):
     @field_validator("train")
     @classmethod
     def _group(cls, value: TrainConfig, info: Any) -> TrainConfig:
-        algorithm = info.data.get("algorithm")
-        if algorithm and preset_of(algorithm).groups and value.group_size < 2:
-            text = f"must be at least 2 for {algorithm.name}, which compares the texts of one prompt"
+        algorithm, data = info.data.get("algorithm"), info.data.get("data")
+        if not algorithm or not data or data.given:  # the sizes of given groups are the file's
+            return value
+        if preset_of(algorithm).groups and value.group_size < 2:
+            text = f"must be at least 2 for {algorithm.name} as it is set here, which compares the texts of one prompt"
             raise _below(".group_size", text)
+        if algorithm.keep > value.group_size:
+            text = f"is {value.group_size}, and algorithm.keep would keep {algorithm.keep} of them; lower keep"
+            raise _below(".group_size", text)
+        texts = value.prompts_per_step * value.group_size
+        if algorithm.minibatches > texts:
+            text = f"times group_size is {texts} texts, too few for algorithm.minibatches={algorithm.minibatches}"
+            raise _below(".prompts_per_step", text)
         return value
 
     @classmethod
@@ -251,7 +278,7 @@ class Config(Section):
             UserError: the file cannot be read, or all that is wrong in it, one line each with its dotted path.
         """
         values = _expanded(read_mapping(Path(path)))
-        problems = apply_overrides(values, overrides, {"model": "name", "algorithm": "name"})
+        problems = apply_overrides(values, overrides, SHORT)
         algorithm = values.get("algorithm")
         if not values.get("rewards") and not (isinstance(algorithm, dict) and algorithm.get("teacher")):
             problems.append("rewards: there is none; name at least one function to learn from")
@@ -278,11 +305,23 @@ class Config(Section):
         return to_yaml(self.model_dump(mode="json"))
 
 
+# Sections that one word may stand for, and what it then names.
+SHORT = {
+    "model": "name",
+    "data": "path",
+    "algorithm": "name",
+    "algorithm.critic": "model",
+    "algorithm.importance": "level",
+    "algorithm.teacher": "model",
+    "evaluate.prompts": "path",
+}
+
+
 def _expanded(values: dict[str, Any]) -> dict[str, Any]:
     """Sections given by one word, as mappings, so that overrides can reach into them."""
-    for name, key in {"model": ModelConfig.short, "data": DataConfig.short, "algorithm": AlgorithmConfig.short}.items():
+    for name in ("model", "data", "algorithm"):
         if isinstance(values.get(name), str):
-            values[name] = {key: values[name]}
+            values[name] = {SHORT[name]: values[name]}
     rewards = values.get("rewards")
     if isinstance(rewards, list):
         values["rewards"] = [{RewardConfig.short: item} if isinstance(item, str) else item for item in rewards]

@@ -113,6 +113,7 @@ class AlgorithmConfig(Section):
         pieces: "word", "sentence" or "line": pieces are the actions, each with one advantage.
         timing: "ignore" lets a preset sum rewards over time; "keep" refuses.
         biased_placement: "allow" lets rewards be placed on their spans.
+        biased_baseline: "allow" lets siblings be the baseline of rewards that compare siblings.
         lam: the policy's lambda, where there is a critic; ``lam_length`` alpha makes it 1 - 1 / (alpha * length).
         kl: the weight of the reference KL. ``kl_as`` "reward" pays it per token; "loss" adds an estimate to the loss.
         kl_estimator: k1 (the log-ratio, as a reward), k2 or k3 (as a loss).
@@ -142,6 +143,7 @@ class AlgorithmConfig(Section):
     pieces: Literal["word", "sentence", "line"] | None = None
     timing: Literal["keep", "ignore"] = "keep"
     biased_placement: Literal["refuse", "allow"] = "refuse"
+    biased_baseline: Literal["refuse", "allow"] = "refuse"
     lam: Annotated[float, Field(ge=0, le=1)] = 0.95
     lam_length: Positive | None = None
     kl: NotNegative = 0.0
@@ -193,13 +195,17 @@ class AlgorithmConfig(Section):
                 "reset_reference would move the teacher along, which is the policy as it was; leave one of them out",
             ),
             (
+                self.lam_length is not None and "lam" in self.model_fields_set and self.lam != 0.95,
+                "lam_length sets the policy's lambda by the length; leave out lam",
+            ),
+            (
                 self.importance is not None and self.importance.level == "piece" and self.pieces is None,
                 "importance.level=piece needs pieces; set pieces to word, sentence or line",
             ),
         ]
-        for wrong, sentence in wants:
-            if wrong:
-                raise ValueError(sentence)
+        found = [sentence for wrong, sentence in wants if wrong]
+        if found:
+            raise ValueError("; and ".join(found))
         return self
 
     def chosen(self, key: str, own: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from instant_reward.config_weight import RULES
 from instant_reward.types import UserError
 
 
@@ -27,32 +28,46 @@ def sentences(error: ValidationError, model: type[BaseModel]) -> list[str]:
 
 
 def _sentence(problem: Any, model: type[BaseModel]) -> tuple[str, str]:
-    location = list(problem["loc"])
+    location, rule = _without_tags(problem["loc"])
     kind, value = problem["type"], problem["input"]
     if kind == "extra_forbidden":
-        return ".".join(map(str, location)), _unknown(location, model)
+        return ".".join(map(str, location)), _unknown(location, model, rule)
     within = _known_part(location, model)
     path = ".".join(map(str, within)) + problem.get("ctx", {}).get("below", "")
     if kind == "missing":
         return path, "this is required"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return path, f"must be a mapping of keys to values, not {_shown(value)}"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return path, f"must be a number, or a mapping with rule: {', '.join(RULES)}; it is {_shown(value)}"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
     if kind in ("value_error", "cross_check"):
         return path, message
     return path, f"{message[:1].lower()}{message[1:]}, not {_shown(value)}"
 
 
-def _unknown(location: list[Any], model: type[BaseModel]) -> str:
+def _without_tags(location: Sequence[Any]) -> tuple[list[Any], type[BaseModel] | None]:
+    """A location without the names that pydantic gives to the branches of a weight, and the rule's class, if any."""
+    kept: list[Any] = []
+    rule = None
+    for part in location:
+        if kept[-1:] == ["weight"] and rule is None and part in ("number", "rule", *RULES):
+            rule = RULES.get(part)
+        else:
+            kept.append(part)
+    return kept, rule
+
+
+def _unknown(location: list[Any], model: type[BaseModel], rule: type[BaseModel] | None) -> str:
     """Why a key is refused, with the name that was probably meant."""
-    key, section = str(location[-1]), _section(location[:-1], model)
+    key, section = str(location[-1]), rule or _section(location[:-1], model)
     known = list(section.model_fields) if section else []
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if close:
         return f"there is no such key; did you mean {close[0]}?"
     elsewhere = [path for path in all_paths(model) if path.rpartition(".")[2] == key]
     if elsewhere:
-        return f"there is no such key here; did you mean {elsewhere[0]}?"
+        return f"there is no such key here; did you mean {min(elsewhere, key=lambda path: path.count('.'))}?"
     return f"there is no such key; the keys here are {', '.join(known)}"
 
 

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from instant_reward.config_weight import WeightRule
+
 
 @dataclass(frozen=True)
 class Source:
@@ -22,6 +24,8 @@ class Source:
     ``final`` says that it pays once, for the whole text: a text that was cut off has then got all there is, and nothing
     is expected beyond its end. ``earned`` is False for shaping: it is no part of what a text earned. ``dense`` names
     what the algorithm itself pays at every token: the KL to the reference, the teacher's log-ratio, the length penalty.
+    ``rule`` says how the weight changes with the run; ``scaled`` divides it by the running deviation of what texts earn
+    from the source (the mean is not taken away: that would pay texts for their length); ``clip`` bounds each mark.
     """
 
     name: str
@@ -31,6 +35,9 @@ class Source:
     final: bool = False
     earned: bool = True
     dense: Literal["", "kl", "teacher", "length"] = ""
+    rule: WeightRule | None = None
+    scaled: bool = False
+    clip: float | None = None
 
 
 @dataclass

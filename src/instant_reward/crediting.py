@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from instant_reward.carried import kl_weight
 from instant_reward.config_algorithm import AlgorithmConfig
 from instant_reward.credit import Source
 from instant_reward.presets import Preset
+from instant_reward.weights import as_they_are
 
 KL, TEACHER, LENGTH = "kl", "teacher", "length"
 PLAIN = AlgorithmConfig()
@@ -28,7 +30,8 @@ def credit_batch(batch: Batch, preset: Preset, config: AlgorithmConfig = PLAIN, 
     Args:
         longest: ``sampling.max_new_tokens``, which the soft length penalty ends at.
     """
-    sources = [_adapted(source, batch, config) for source in batch.sources]
+    batch = _clipped(batch)
+    sources = [_adapted(source, batch, config) for source in as_they_are(batch.sources, batch)]
     batch = replace(batch, sources=sources)
     rewards = _rewards(batch, preset, config, longest)
     batch = replace(batch, rewards=rewards)
@@ -37,8 +40,8 @@ def credit_batch(batch: Batch, preset: Preset, config: AlgorithmConfig = PLAIN, 
     if config.importance is not None and config.importance.level == "decision":
         so_far = _so_far(log_ratio, batch, config.importance.most).to(rewards.dtype)
         advantages, batch = _advantages(replace(batch, rewards=rewards * so_far[:, None]), preset, config, so_far)
-        if preset.baseline == "value" and config.pieces is None:  # the critic learns the rewards as they are
-            batch = _learned_baseline(replace(batch, rewards=rewards), config)[1]
+        if preset.baseline == "value":  # the critic learns the rewards as they are
+            batch = replace(batch, targets=_advantages(replace(batch, rewards=rewards), preset, config)[1].targets)
     else:
         advantages, batch = _advantages(batch, preset, config)
         if config.importance is not None:
@@ -53,6 +56,15 @@ def credit_batch(batch: Batch, preset: Preset, config: AlgorithmConfig = PLAIN, 
         best = credit.best_of_group(totals, batch.group, config.keep)
         advantages = best[:, None] * batch.mask.to(advantages.dtype)
     return replace(batch, rewards=rewards, advantages=advantages, weights=weights)
+
+
+def _clipped(batch: Batch) -> Batch:
+    """The marks within their sources' bounds."""
+    if all(source.clip is None for source in batch.sources):
+        return batch
+    bounds = [math.inf if source.clip is None else source.clip for source in batch.sources]
+    most = torch.tensor(bounds, dtype=batch.marks.value.dtype)[batch.marks.source]
+    return replace(batch, marks=replace(batch.marks, value=batch.marks.value.clamp(-most, most)))
 
 
 def _adapted(source: Source, batch: Batch, config: AlgorithmConfig) -> Source:

@@ -178,7 +178,7 @@ def _prompt(row: Mapping[str, Any], index: int, tokenizer: Any, column: str, max
         raise UserError(f"{where} has an empty prompt: give it at least one character, or leave that row out.")
     if max_tokens is not None and len(token_ids) > max_tokens:
         raise UserError(
-            f"{where} has a prompt of {len(token_ids)} tokens, and only {max_tokens} fit beside the new tokens: "
+            f"{where} has a prompt of {len(token_ids)} tokens, and only {max(0, max_tokens)} fit beside the new ones: "
             "shorten it, or ask for fewer new tokens."
         )
     info = {key: value for key, value in row.items() if key not in (column, "id")}

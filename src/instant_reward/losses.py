@@ -58,7 +58,8 @@ def clipped(
         batch: with ``advantages`` and ``old_logprobs``, ``[B, L]``; its ``weights`` carry no gradient.
         ratio: of the token; of its piece (the product over the piece's tokens, one action); or of the whole text, by
             its length: ``exp(mean over t of log ratio[t])`` in value, with each token's own gradient (Zheng et al.,
-            2025, "GSPO", equations 7 and 14).
+            2025, "GSPO", equations 7 and 14). Its bounds are narrower than the rounding of a sampler in bfloat16: of
+            fresh texts it is taken to the policy as the step began, where the batch has those values.
         proximal: take the ratio to the policy as it was when the step began, not to the sampler: the decoupled
             objective of Hilton, Cobbe and Schulman (2022), equation 5, with the batch's weights for the rest.
     """
@@ -190,17 +191,12 @@ def bounded_log_ratio(logprobs: Tensor, batch: Batch) -> LossOutput:
     return LossOutput(average((-ratio).exp() - 1.0 + ratio, batch, "tokens"))
 
 
-def refuse_kl_as_loss() -> None:
-    """The log-ratio used as a loss has zero expected gradient on the policy's own texts: it would hold nothing back.
-
-    Raises:
-        UserError: always.
-    """
-    raise UserError(
-        "algorithm.kl_as: the log-ratio (k1) used as a loss has zero expected gradient and holds nothing back; "
-        "set algorithm.kl_as to 'reward', where its reward-to-go is the gradient of the KL, or "
-        "algorithm.kl_estimator to k2 or k3"
-    )
+# Why k1 is no loss: on the policy's own texts its expected gradient is 0.
+KL_AS_LOSS = (
+    "algorithm.kl_as: the log-ratio (k1) used as a loss has zero expected gradient and holds nothing back; "
+    "set algorithm.kl_as to 'reward', where its reward-to-go is the gradient of the KL, or "
+    "algorithm.kl_estimator to k2 or k3"
+)
 
 
 def average(per_token: Tensor, batch: Batch, normalise: Normalise, constant: float = 1.0) -> Tensor:
@@ -233,6 +229,8 @@ def _ratio(logprobs: Tensor, batch: Batch, level: Ratio, proximal: bool) -> Tens
     if proximal:
         assert batch.proximal_logprobs is not None, "annotate the batch first: the policy's own values are missing"
         before = batch.proximal_logprobs
+    elif level == "sequence" and batch.proximal_logprobs is not None:
+        before = torch.where(batch.own, batch.proximal_logprobs, before)
     gap = torch.where(on, logprobs - before.to(logprobs.dtype), torch.zeros_like(logprobs))
     if level == "sequence":
         mean = (gap.sum(1) / on.sum(1).clamp(min=1)).detach()

@@ -132,7 +132,7 @@ def unused(config: AlgorithmConfig, preset: Preset) -> list[str]:
     if not preset.critic:
         return idle
     used = {
-        "detach": config.critic.model == "head",
+        "detach": config.critic.model == "head" and preset.loss != "none",
         "lam": preset.returns != "bellman",
         "clip": values or preset.baseline == "value",
         "warmup": learns,

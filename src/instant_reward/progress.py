@@ -9,24 +9,25 @@ from dataclasses import replace
 import torch
 
 from instant_reward.batch import Batch
-from instant_reward.credit import Source
 from instant_reward.importance import effective_sample_size
 from instant_reward.rewards.base import Reward
 from instant_reward.sampling.engine import Count
-from instant_reward.types import LossOutput, PolicyOutput, Rollout
+from instant_reward.types import LossOutput, Needs, PolicyOutput, Rollout
 
 
 class Metrics:
     """Gathers one step's metrics.
 
     ``reward`` is the mean over texts of the weighted sum of the learned sources, shaping left out;
-    ``reward/<source>`` is the mean raw sum of one source; ``kl`` and ``entropy`` are nats per sampled token;
+    ``reward/<source>`` is the mean raw sum of one source, ``weight/<source>`` its weight at this step and
+    ``weighted/<source>`` the product of both; ``kl`` and ``entropy`` are nats per sampled token;
     ``length`` counts sampled tokens a text. Keys that begin with ``time/`` are seconds; they and ``tokens_per_second``
     alone depend on the machine.
     """
 
-    def __init__(self, rewards: Sequence[Reward], sources: Sequence[Source], count: Count) -> None:
-        self._rewards, self._sources = rewards, sources
+    def __init__(self, rewards: Sequence[Reward], count: Count, needs: Needs) -> None:
+        self._rewards, self._needs = rewards, needs
+        self._totals: dict[str, float] = {}
         self._before = replace(count)
         self._begun = time.perf_counter()
         self._sampled_at = self._begun
@@ -41,12 +42,10 @@ class Metrics:
         self._sampled_at = time.perf_counter()
         count = len(rollouts)
         lengths = [sum(rollout.mask) for rollout in rollouts]
-        names = {one.name for one in self._rewards}
-        learned = {source.name: source.weight for source in self._sources if source.earned and source.name in names}
-        totals = {one.name: sum(rollout.total(one.name) for rollout in rollouts) / count for one in self._rewards}
+        self._totals = {one.name: sum(rollout.total(one.name) for rollout in rollouts) / count for one in self._rewards}
         self._rows = {
-            "reward": sum(weight * totals[name] for name, weight in learned.items()),
-            **{f"reward/{name}": total for name, total in totals.items()},
+            "reward": 0.0,  # the first column; what it is hangs on the weights of this step
+            **{f"reward/{name}": total for name, total in self._totals.items()},
             "length": sum(lengths) / count,
             "ended": sum(rollout.stop == "ended" for rollout in rollouts) / count,
             "stopped": sum(rollout.stop == "stopped" for rollout in rollouts) / count,
@@ -76,16 +75,10 @@ class Metrics:
         now = time.perf_counter()
         updates = max(1, len(self._steps) + self._stopped_early)
         row = dict(self._rows)
-        if batch.ref_logprobs is not None:
-            own = batch.old_logprobs if batch.proximal_logprobs is None else batch.proximal_logprobs
-            gap = (own - batch.ref_logprobs) * batch.mask
-            row["kl"] = float(gap.sum()) / max(1, batch.token_count)
-        if batch.teacher_logprobs is not None:
-            own = batch.old_logprobs if batch.proximal_logprobs is None else batch.proximal_logprobs
-            gap = (own - batch.teacher_logprobs) * batch.mask
-            row["teacher_kl"] = float(gap.sum()) / max(1, batch.token_count)
-        row |= _off_policy(batch) | _critic(batch)
-        row |= {f"weight/{key}": value for key, value in self._followed(batch).items()}
+        row |= _divergences(batch)
+        tables = self._needs.critic is not None and self._needs.critic.tables > 0
+        row |= _off_policy(batch) | _critic(batch, tables)
+        row |= self._weighted(batch)
         if self._stopped_early:
             row["stopped_early"] = 1.0
         row["entropy"] = self._entropy / max(1.0, self._passes)
@@ -102,11 +95,25 @@ class Metrics:
         row["time/learning"] = now - self._sampled_at
         return row
 
-    @staticmethod
-    def _followed(batch: Batch) -> dict[str, float]:
-        """The coefficients that follow a target."""
+    def _weighted(self, batch: Batch) -> dict[str, float]:
+        """Every source's weight and weighed value, their sum, and the coefficients that follow a target."""
         carried = {"kl": batch.carried.kl, "entropy": batch.carried.entropy}
-        return {key: value for key, value in carried.items() if value is not None}
+        found = {f"weight/{key}": value for key, value in carried.items() if value is not None}
+        found |= {f"weight/{source.name}": source.weight for source in batch.sources}
+        learned = [source for source in batch.sources if source.name in self._totals]
+        products = {source.name: source.weight * self._totals[source.name] for source in learned}
+        earned = sum(products[source.name] for source in learned if source.earned)
+        return {"reward": earned, **found, **{f"weighted/{name}": value for name, value in products.items()}}
+
+
+def _divergences(batch: Batch) -> dict[str, float]:
+    """The log-ratio to the reference and to the teacher per token: a KL on the policy's own texts, and on no others."""
+    own = batch.old_logprobs if batch.proximal_logprobs is None else batch.proximal_logprobs
+    others = {"kl": batch.ref_logprobs, "teacher_kl": batch.teacher_logprobs}
+    count = int(batch.own.sum())
+    if not count:
+        return {}
+    return {key: float((own - other)[batch.own].sum()) / count for key, other in others.items() if other is not None}
 
 
 def _off_policy(batch: Batch) -> dict[str, float]:
@@ -119,12 +126,16 @@ def _off_policy(batch: Batch) -> dict[str, float]:
     return {"effective_sample_size": size, "staleness": float(age.mean())}
 
 
-def _critic(batch: Batch) -> dict[str, float]:
-    """How well the critic foresaw its targets: ``1 - Var(target - V) / Var(target)`` of the weighted sum of sources."""
+def _critic(batch: Batch, tables: bool) -> dict[str, float]:
+    """How well the critic foresaw its targets: ``1 - Var(target - V) / Var(target)`` of the weighted sum of sources.
+
+    Args:
+        tables: whether it is one of next tokens, whose one value is that sum already.
+    """
     if batch.values is None or batch.targets is None:
         return {}
     weights = torch.tensor([source.weight for source in batch.sources], dtype=batch.targets.dtype)
-    weights = weights if batch.targets.shape[1] == len(weights) else torch.ones(1, dtype=batch.targets.dtype)
+    weights = torch.ones(1, dtype=batch.targets.dtype) if tables else weights
     target = torch.einsum("bkl,k->bl", batch.targets, weights)[batch.mask]
     error = target - torch.einsum("bkl,k->bl", batch.values.to(weights.dtype), weights)[batch.mask]
     spread = float(target.var(correction=0))

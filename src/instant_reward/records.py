@@ -43,6 +43,7 @@ def rollout_record(rollout: Rollout) -> dict[str, Any]:
         "stop": rollout.stop,
         "temperature": rollout.temperature,
         "forbidden_end": rollout.forbidden_end,
+        "reshaped": rollout.reshaped,
         "info": _plain(rollout.info),
     }
 
@@ -89,6 +90,7 @@ def _rebuild(record: Mapping[str, Any]) -> Rollout:
         stop=record["stop"],
         temperature=float(record.get("temperature", 1.0)),
         forbidden_end=int(record.get("forbidden_end", 0)),
+        reshaped=bool(record.get("reshaped", False)),
         info=dict(record.get("info") or {}),
     )
 

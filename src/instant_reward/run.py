@@ -71,9 +71,9 @@ class Run:
             RunError: the disk is full.
         """
         path = Path(path)
+        if not resume:
+            cls.refuse_begun(path)
         begun = _begun(path)
-        if begun and not resume:
-            raise UserError(f"{path} already holds a run; go on by --resume {path}, or name another folder by --out.")
         run = cls(path, config, writes=True)
         with reporting("the run's config", path):
             if begun:
@@ -86,6 +86,12 @@ class Run:
                 raise UserError(f"{path} cannot be written ({error.strerror}); name another folder by --out.") from None
             write_whole(path / "versions.json", json.dumps(_versions(config), indent=2) + "\n")
         return run
+
+    @classmethod
+    def refuse_begun(cls, path: str | Path) -> None:
+        """UserError where the folder holds a run already."""
+        if _begun(Path(path)):
+            raise UserError(f"{path} already holds a run; go on by --resume {path}, or name another folder by --out.")
 
     @classmethod
     def open(cls, path: str | Path) -> Run:

@@ -27,11 +27,14 @@ from instant_reward.presets import preset_of
 from instant_reward.progress import Metrics
 from instant_reward.records import rollout_record
 from instant_reward.rewards.base import Reward, as_rewards
+from instant_reward.rewards.scope import load_states, observe, states_of
 from instant_reward.run import Run
 from instant_reward.sampling.draw import Settings
 from instant_reward.sampling.engine import Engine
 from instant_reward.screen import Screen
 from instant_reward.types import Carried, Rollout, UserError
+
+NOT_ALWAYS = {"skipped_groups", "stopped_early", "ratio_kl", "sampler_gap", "clipped"}  # metrics that some steps lack
 
 Extra = Callable[[CausalPolicy, int], Mapping[str, float]]
 
@@ -68,14 +71,16 @@ def learn(job: Job, screen: Screen, extra: Extra | None = None) -> Run:
     run, policy, algorithm, config = job.run, job.policy, job.algorithm, job.config.train
     sampler = Engine(policy, sampling_settings(job.config), version=run.step)
     for step in range(run.step + 1, config.steps + 1):
-        metrics = Metrics(job.rewards, algorithm.sources, sampler.count)
+        metrics = Metrics(job.rewards, sampler.count, algorithm.needs)
         fresh = job.texts.groups(sampler, step)
         older = job.replay.exchange(fresh, step) if job.replay else []
         rollouts = numbered([*fresh, *older])
-        metrics.sampled(rollouts[: sum(map(len, fresh))], job.texts.skipped)
-        batch = algorithm.credit(policy.annotate(collated(job, rollouts), config.tokens_per_part))
+        metrics.sampled(job.texts.drawn, job.texts.skipped)
+        own = 0 if isinstance(job.texts, Given) else len(rollouts) - sum(map(len, older))
+        batch = algorithm.credit(policy.annotate(collated(job, rollouts, own), config.tokens_per_part))
         update(policy, algorithm, batch, job.config, step, metrics)
         sampler.load(policy, version=step)
+        observe(job.rewards, job.texts.drawn)
         row = metrics.row(batch, sampler.count)
         job.carried = algorithm.adapt(batch, row)
         if job.config.algorithm.reset_reference and step % job.config.algorithm.reset_reference == 0:
@@ -93,10 +98,14 @@ def learn(job: Job, screen: Screen, extra: Extra | None = None) -> Run:
     return run
 
 
-def collated(job: Job, rollouts: Sequence[Rollout]) -> Batch:
-    """The step's texts as a batch, with the pieces that are its actions and what the teacher reads."""
+def collated(job: Job, rollouts: Sequence[Rollout], own: int) -> Batch:
+    """The step's texts as a batch, with the pieces that are its actions and what the teacher reads.
+
+    Args:
+        own: so many of the first ones are the policy's own, as it is now.
+    """
     algorithm, policy = job.config.algorithm, job.policy
-    batch = collate(rollouts, job.algorithm.sources, policy.pad_id, pieces=algorithm.pieces)
+    batch = collate(rollouts, job.algorithm.sources, policy.pad_id, pieces=algorithm.pieces, fresh=own)
     batch.carried = job.carried
     if algorithm.teacher is not None and algorithm.teacher.sees is not None:
         batch.shown = shown_to_teacher(
@@ -220,17 +229,20 @@ def prepare(config: Config, rewards: Sequence[Any] | None = None, resume: bool =
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     _seed_everything(config.seed)
+    if not resume:
+        Run.refuse_begun(config.out)  # before anything is loaded
     named = as_rewards(rewards) if rewards is not None else assemble.build_rewards(config.rewards)
     algorithm = algorithms.build(config.algorithm, named, config.sampling.max_new_tokens)
     check_source(config, algorithm.preset)
     rows = [] if config.data.rollouts else assemble.load_prompt_rows(config.data)
     policy = _load_policy(config)
     texts = texts_of(config, rows, policy, named, algorithm)
-    run = Run.create(config.out, config, resume=resume)
-    run.policy = policy
+    if config.evaluate.prompts is not None:  # read again when they are needed; what is wrong shows now
+        assemble.load_prompt_rows(config.evaluate.prompts)
+        assemble.build_rewards(config.evaluate.held_out)
     updates = config.train.steps * config.algorithm.epochs * config.algorithm.minibatches
     needs = algorithm.needs
-    if (isinstance(texts, Given) or config.train.replay) and (needs.reference or needs.teacher is not None):
+    if config.data.rollouts or config.train.replay or (config.data.completion and (needs.reference or needs.teacher)):
         needs = replace(needs, proximal=True)  # the sampler's log-probabilities are not the policy's own
     policy.prepare(
         Optimization(
@@ -243,6 +255,8 @@ def prepare(config: Config, rewards: Sequence[Any] | None = None, resume: bool =
         ),
         needs,
     )
+    run = Run.create(config.out, config, resume=resume)  # nothing is written before all is loaded and checked
+    run.policy = policy
     kept = config.train.replay
     replayed = Replay(kept.groups, kept.staleness, config.seed) if kept else None
     job = Job(config, run, policy, named, texts, algorithm, replayed)
@@ -309,7 +323,10 @@ def _target_reached(job: Job, row: Mapping[str, float]) -> bool:
     if target is None:
         return False
     if target.metric not in row:
-        known = ", ".join(sorted(row))
+        if target.metric in NOT_ALWAYS or target.metric.startswith("held_out/"):
+            job.above = 0
+            return False
+        known = ", ".join(sorted({*row, *NOT_ALWAYS}))
         raise UserError(f"train.stop_when.metric: there is no metric {target.metric!r}; use one of {known}")
     job.above = job.above + 1 if row[target.metric] > target.above else 0
     return job.above >= target.for_steps
@@ -327,6 +344,9 @@ def _save(job: Job, folder: Path) -> None:
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     if job.replay is not None:
         job.replay.save(folder / "replay.jsonl")
+    remembered = states_of(job.rewards)
+    if remembered:
+        torch.save(remembered, folder / "rewards.pt")
     state = {
         "above": job.above,
         "carried": asdict(job.carried),
@@ -344,6 +364,8 @@ def _load(job: Job, folder: Path) -> None:
     job.carried = Carried(**state["carried"])
     if job.replay is not None:
         job.replay.load(folder / "replay.jsonl")
+    if (folder / "rewards.pt").is_file():
+        load_states(job.rewards, torch.load(folder / "rewards.pt", weights_only=True))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(state["numpy"]))

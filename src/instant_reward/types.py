@@ -115,6 +115,8 @@ class Rollout:
         versions: the policy version that sampled each token (-1 where the mask is off).
         stop: "ended" by the end token or a stop string, "length" when cut off, "stopped" by a reward.
         forbidden_end: for how many sampled tokens the end token was forbidden (``min_new_tokens``).
+        reshaped: drawn from something else than the policy's softmax (top-k, top-p, guided), so that ratios to what
+            ``logprobs`` say of it are no importance weights.
     """
 
     id: str
@@ -130,6 +132,7 @@ class Rollout:
     stop: StopReason
     temperature: float = 1.0
     forbidden_end: int = 0
+    reshaped: bool = False
     info: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -150,6 +153,9 @@ class Carried:
         step: how many steps it has taken.
         kl, entropy: the coefficients as they are now, where they adapt; None before the first step.
         mean_return: the running mean of the returns, and ``mean_weight`` how much of it is known (0 to 1).
+        weights: of sources whose weight follows a constraint, as they are now.
+        deviations: the running deviation of what texts earn from each source, and ``metrics`` the running mean of the
+            metrics that weights hang on; both over about ten steps.
     """
 
     step: int = 0
@@ -157,6 +163,9 @@ class Carried:
     entropy: float | None = None
     mean_return: float = 0.0
     mean_weight: float = 0.0
+    weights: Mapping[str, float] = field(default_factory=dict)
+    deviations: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -171,6 +180,7 @@ class CriticNeed:
         detach: whether a head on the shared trunk sends no gradient into it.
         learning_rate: of its own optimizer group; None for the policy's.
         beyond: whether anything is expected after the end of a text that was cut off.
+        warmup: for so many steps at first it learns alone, and a head on the policy's trunk sends no gradient into it.
         target_rate: how far the slow copy of its Q functions follows at each step; 0 for no slow copy.
     """
 
@@ -180,6 +190,7 @@ class CriticNeed:
     detach: bool = True
     learning_rate: float | None = None
     beyond: bool = True
+    warmup: int = 0
     target_rate: float = 0.0
 
 

@@ -132,10 +132,23 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str], short: Map
             keys = path.strip().split(".")
             if isinstance(value, str) and path.strip() in short:
                 keys.append(short[path.strip()])
+            _expand(values, keys, short)
             _set(values, keys, value)
         except UserError as error:
             problems.append(str(error))
     return problems
+
+
+def _expand(values: dict[str, Any], keys: Sequence[str], short: Mapping[str, str]) -> None:
+    """Makes mappings of sections given by one word on the way to ``keys``, so that an override can reach into them."""
+    here: Any = values
+    for depth, key in enumerate(keys[:-1]):
+        path = ".".join(keys[: depth + 1])
+        if not isinstance(here, dict):
+            return
+        if isinstance(here.get(key), str) and path in short:
+            here[key] = {short[path]: here[key]}
+        here = here.get(key)
 
 
 def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -82,6 +82,8 @@ class Chosen:
     def annotate(self, batch: Batch) -> Batch:
         """What the algorithm needs of the policy before it can credit, and nothing else."""
         needs, found = self.algorithm.needs, dict[str, Any]()
+        if self.sampler is not None:  # none of the texts is the policy's own
+            found["fresh"] = torch.zeros(len(batch), dtype=torch.bool)
         if needs.proximal:
             found["proximal_logprobs"] = self.known(self.world, batch)
         if needs.reference:

@@ -250,6 +250,24 @@ def test_the_whole_texts_surrogate(world: World, sampler: World) -> None:
     assert angle_differs(chosen.step(), world.gradient([chance(r.text) for r in world.rollouts([])]))
 
 
+def test_the_whole_texts_ratio_of_fresh_texts_is_free_of_the_samplers_rounding(world: World) -> None:
+    """GSPO's bounds are narrower than bfloat16 rounds: of its own texts the ratio is to the policy as the step began.
+
+    s = 1 for every text, whatever the sampler's rounded log q says
+    """
+    chosen = Chosen(world, [FINAL], name="reinforce", loss="clipped", ratio="sequence", clip_low=3e-4, clip_high=4e-4)
+
+    def rounded(batch: Batch) -> Batch:
+        return chosen.credit(replace(batch, old_logprobs=batch.old_logprobs * 1.02))
+
+    assert same(chosen.step(credit=rounded), Chosen(world, [FINAL], name="reinforce").step())
+
+    def as_the_sampler_said(batch: Batch) -> Batch:
+        return replace(rounded(batch), fresh=torch.zeros(len(batch), dtype=torch.bool))
+
+    assert differ(chosen.step(credit=as_the_sampler_said), chosen.step(credit=rounded))
+
+
 def test_vtrace_through_the_preset(world: World, sampler: World) -> None:
     """On its own texts V-trace is unbiased as GAE is; on another policy's its bounded ratios make up for a part.
 

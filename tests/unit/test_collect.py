@@ -26,7 +26,7 @@ from instant_reward.presets import preset_of
 from instant_reward.records import rollout_record
 from instant_reward.rewards.base import as_rewards
 from instant_reward.types import Mark, Prompt, Rollout, UserError
-from tiny import CONTEXT, shared_tokenizer
+from tiny import CONTEXT, shared_tokenizer, tiny_folder
 
 
 def text(prompt: str, number: int, value: float, other: float = 0.0, group: int = 0) -> Rollout:
@@ -283,3 +283,60 @@ def test_texts_of_others_are_refused_where_they_would_bias(config: Config, messa
 )
 def test_and_taken_where_something_makes_up_for_them(config: Config) -> None:
     check_source(config, preset_of(config.algorithm))
+
+
+def tiny_run(tmp_path: Path, name: str, algorithm: dict[str, Any], **sections: Any) -> ir.Run:
+    folder = tmp_path / "model"
+    if not folder.exists():
+        tiny_folder(folder)
+    values = {
+        "model": {"name": str(folder), "dtype": "float32"},
+        "data": {"prompts": ["it was", "a film of"]},
+        "algorithm": algorithm,
+        "sampling": {"max_new_tokens": 4},
+        "train": {"steps": 3, "prompts_per_step": 2, "group_size": 2, "learning_rate": 3e-2, "samples": "all"}
+        | sections.pop("train", {}),
+        "out": str(tmp_path / name),
+        **sections,
+    }
+    return ir.train(Config.build(values), rewards=[lambda text: float(text.count("o"))])
+
+
+def test_the_kl_is_measured_on_the_policys_own_texts_alone(tmp_path: Path) -> None:
+    """On texts that an older policy wrote, the mean log-ratio is no KL: it is negative where the policy left them."""
+    run = tiny_run(tmp_path, "kept", {"name": "ppo", "kl": 0.01}, train={"replay": {"groups": 2}})
+    assert all(row["kl"] >= -1e-6 for row in run.metrics)
+    assert {"effective_sample_size", "staleness"} <= set(run.metrics[0])
+    given = {"rollouts": str(tmp_path / "kept" / "samples.jsonl")}
+    assert "kl" not in tiny_run(tmp_path, "given", {"name": "ppo", "kl": 0.01}, data=given).metrics[0]
+    with pytest.raises(UserError, match=r"algorithm\.kl_target: the KL is measured on texts of the policy's own"):
+        tiny_run(tmp_path, "target", {"name": "ppo", "kl": 0.01, "kl_target": 0.1}, data=given)
+
+
+def test_siblings_that_the_given_texts_lack_are_asked_for(tmp_path: Path) -> None:
+    data = {"prompts": [{"prompt": "it was", "answer": " good"}], "completion": "answer"}
+    with pytest.raises(UserError, match="rwr compares the texts of one prompt, and each prompt here has one"):
+        tiny_run(tmp_path, "alone", {"name": "rwr"}, data=data)
+    assert tiny_run(tmp_path, "imitated", {"name": "raft"}, data=data).step == 3
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "sections"),
+    [
+        ({"name": "distill", "teacher": {"sees": "{answer}"}}, {}),
+        ({"name": "a2c", "critic": {"model": "./nowhere"}}, {}),
+        ({"name": "rloo"}, {"evaluate": {"prompts": {"path": "nowhere.jsonl"}}}),
+    ],
+    ids=["teacher", "critic", "evaluation"],
+)
+def test_a_start_that_fails_leaves_the_folder_free(
+    algorithm: dict[str, Any], sections: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError):
+        tiny_run(tmp_path, "run", algorithm, **sections)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_metric_that_some_steps_lack_ends_no_run(tmp_path: Path) -> None:
+    stop = {"stop_when": {"metric": "skipped_groups", "above": 100.0}}
+    assert tiny_run(tmp_path, "run", {"name": "dapo"}, train=stop).step == 3

@@ -323,3 +323,64 @@ def test_resolve_a_file(tmp_path, monkeypatch):
 def test_sections_are_plain_python():
     assert RewardConfig(use="a:b", every=3).every == 3
     assert AlgorithmConfig(name="grpo", scale="none").scale == "none"
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "name"),
+    [
+        ("algorithm.critic=head", "critic", "model"),
+        ("algorithm.importance=token", "importance", "level"),
+        ("algorithm.teacher=other", "teacher", "model"),
+    ],
+)
+def test_a_section_given_by_one_word_takes_further_overrides(tmp_path, override, section, name):
+    key = {"critic": "warmup=3", "importance": "most=5", "teacher": "weight=0.5"}[section]
+    config = load(tmp_path, SMALL, "algorithm=reinforce", override, f"algorithm.{section}.{key}")
+    found = getattr(config.algorithm, section)
+    assert getattr(found, name) == override.partition("=")[2]
+    assert getattr(found, key.partition("=")[0]) == float(key.partition("=")[2])
+
+
+def test_a_weight_may_be_a_rule(tmp_path):
+    text = "data: {prompts: [a]}\nrewards:\n  - {use: 'm:f', weight: {rule: linear, start: 1, end: 0, steps: 5}}\n"
+    config = load(tmp_path, text)
+    assert (config.rewards[0].weight.start, config.rewards[0].weight.steps) == (1.0, 5)
+    assert Config.build(parse_yaml(config.dump(), "")) == config
+
+
+@pytest.mark.parametrize(
+    ("weight", "sentence"),
+    [
+        ("{rule: linaer, steps: 3}", "rewards.0.weight: must be a number, or a mapping with rule: linear, cosine,"),
+        ("{rule: linear, steps: 0}", "rewards.0.weight.steps: must be greater than or equal to 1"),
+        ("{rule: fade, metric: kl, low: 2, high: 1}", "rewards.0.weight: high (1) must be above low (2)"),
+        ("{rule: cosine, steps: 3, stopp: 1}", "rewards.0.weight.stopp: there is no such key; did you mean"),
+        ("heavy", "rewards.0.weight: must be a valid number"),
+    ],
+)
+def test_a_bad_weight_is_said_in_words(tmp_path, weight, sentence):
+    text = f"data: {{prompts: [a]}}\nrewards:\n  - {{use: 'm:f', weight: {weight}}}\n"
+    (line,) = problems(tmp_path, text)
+    assert line.startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["evaluate.prompts={rollouts: x.jsonl}"], "evaluate.prompts: texts are sampled for these prompts"),
+        (["algorithm=raft", "algorithm.keep=9"], "train.group_size: is 8, and algorithm.keep would keep 9"),
+        (["algorithm.minibatches=33"], "train.prompts_per_step: times group_size is 32 texts, too few"),
+        (["algorithm=ppo", "algorithm.lam_length=1", "algorithm.lam=0.9"], "algorithm: lam_length sets the policy's"),
+        (
+            ["algorithm.kl_target=1", "algorithm.entropy_target=1"],
+            "algorithm: kl_target adapts the weight kl; set kl above 0 to begin with; and entropy_target adapts",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(tmp_path, overrides, sentence):
+    (line,) = problems(tmp_path, SMALL, *overrides)
+    assert line.startswith(sentence)
+
+
+def test_the_sizes_of_given_groups_are_the_files(tmp_path):
+    load(tmp_path, SMALL.replace("prompts: [a, b]", "rollouts: x.jsonl"), "algorithm=raft", "train.group_size=1")

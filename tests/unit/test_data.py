@@ -174,7 +174,7 @@ def test_messages_go_through_the_chat_template_with_one_beginning_of_text(chat_t
 def test_prompts_that_do_not_fit_the_model_are_named(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = load_rows(["the", "the film was"])
     assert len(to_prompts(rows, tokenizer, max_tokens=4)) == 2
-    with pytest.raises(UserError, match="prompt 1 has a prompt of 4 tokens, and only 3 fit beside the new tokens"):
+    with pytest.raises(UserError, match="prompt 1 has a prompt of 4 tokens, and only 3 fit beside the new ones"):
         to_prompts(rows, tokenizer, max_tokens=3)
     assert to_prompts([{"prompt": ""}], tokenizer)[0].token_ids == [0], "a text may begin from nothing but <s>"
     with pytest.raises(UserError, match="the model has no chat template: give plain text"):

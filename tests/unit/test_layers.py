@@ -14,12 +14,12 @@ SOURCE = Path(__file__).parents[2] / "src" / "instant_reward"
 # A module imports from its own line and from the lines above it. A new module gets a place here.
 LAYERS = [
     ["_callable", "types"],
-    ["cache", "notice", "records", "reviews", "text"],
+    ["cache", "config_section", "config_weight", "fetch", "models", "notice", "records", "reviews", "text"],
     ["batch", "credit", "importance", "losses", "rewards"],
     [
         "algorithms", "assemble", "carried", "checks", "config", "config_algorithm", "config_problems",
-        "config_section", "crediting", "data", "fetch", "imports", "models", "objective", "policies", "presets",
-        "progress", "run", "run_files", "sampling", "screen", "yaml_values",
+        "crediting", "data", "imports", "objective", "policies", "presets",
+        "progress", "run", "run_files", "sampling", "screen", "weights", "yaml_values",
     ],
     ["collect", "train"],
     ["__main__", "cli", "evaluate", "studio"],
@@ -29,7 +29,7 @@ LAYER = {name: index for index, names in enumerate(LAYERS) for name in names}
 # Who may import torch or transformers when imported; everyone else does so inside functions, if at all.
 WITH_TORCH = {
     "algorithms", "batch", "checks", "collect", "credit", "crediting", "importance", "losses", "objective", "policies",
-    "progress", "sampling", "train",
+    "progress", "sampling", "train", "weights",
 }  # fmt: skip
 
 

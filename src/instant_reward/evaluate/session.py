@@ -58,6 +58,13 @@ def _before(job: Job, held_out: HeldOut, console: Console) -> Measurement:
     return before
 
 
+def _model_in(job: Job) -> str:
+    """Where ``from_pretrained`` finds the trained model; an adapter lies in the checkpoint alone."""
+    checkpoint = job.run.latest_checkpoint()
+    assert checkpoint is not None, "training ends with a checkpoint"
+    return str(checkpoint / "policy" if (checkpoint / "policy").is_dir() else checkpoint)
+
+
 def _write_down(
     job: Job, rows: list[Row], before: Measurement | None, after: Measurement | None, console: Console
 ) -> None:
@@ -72,5 +79,5 @@ def _write_down(
         after.rollouts if after else [],
         curve,
     )
-    console.print(f"report: {report}\ncurve:  {curve}\nmodel:  {job.run.latest_checkpoint()}", highlight=False)
+    console.print(f"report: {report}\ncurve:  {curve}\nmodel:  {_model_in(job)}", highlight=False)
     console.print(f"sample: instant-reward sample {folder} 'The film begins with'", highlight=False)

@@ -15,7 +15,7 @@ from instant_reward import assemble
 from instant_reward.config import Config, RewardConfig
 from instant_reward.records import rollout_record
 from instant_reward.rewards.base import Reward
-from instant_reward.rewards.watch import replay
+from instant_reward.rewards.scope import replay_groups
 from instant_reward.screen import coloured
 from instant_reward.text import TextDecoder
 from instant_reward.types import Prompt, Rollout, UserError
@@ -26,9 +26,11 @@ def sample_texts(options: argparse.Namespace) -> int:
     from instant_reward.train import load_run_policy
 
     rewards = _rewards(options.reward)
+    guide = options.guide or 0.0
     if (Path(options.model) / "config.yaml").is_file():
         policy, config = load_run_policy(options.model)
         rewards = rewards or assemble.build_rewards(config.rewards)
+        guide = config.sampling.guide if options.guide is None else options.guide
     else:
         from instant_reward.policies.causal import load_policy
 
@@ -44,6 +46,7 @@ def sample_texts(options: argparse.Namespace) -> int:
         stop=options.stop,
         rewards=rewards,
         seed=options.seed,
+        guide=guide,
     )
     _show(rollouts, options.jsonl)
     return 0
@@ -64,8 +67,7 @@ def score_texts(options: argparse.Namespace) -> int:
 
         tokenizer = AutoTokenizer.from_pretrained(models.locate(options.model))
     rollouts = [_given(row, options.column, number, tokenizer) for number, row in enumerate(_rows(options.file))]
-    for rollout in rollouts:
-        rollout.marks = replay(rewards, rollout)
+    replay_groups(rewards, rollouts)
     if options.coloured:
         _show(rollouts, as_json=False)
         return 0

@@ -29,6 +29,7 @@ from instant_reward.policies.load import (
     load_beside,
     load_model,
     with_lora,
+    without_bars,
 )
 from instant_reward.policies.optimizer import Group, Optimization, Stepper
 from instant_reward.policies.states import on_tokens, sampled_states, trunk
@@ -282,7 +283,8 @@ class CausalPolicy:
         model = self.model
         if self.adapter is not None:
             model = copy.deepcopy(self.adapter).merge_and_unload()
-        model.save_pretrained(target)
+        with without_bars():
+            model.save_pretrained(target)
         self.tokenizer.save_pretrained(target)
         return target
 

@@ -48,7 +48,8 @@ class Critic(nn.Module):
             states = sampled_states(self.base, batch, compute)
         else:
             assert of_policy is not None, "a head on the policy's trunk needs the policy's states"
-            states = of_policy.detach() if self.need.detach else of_policy
+            alone = self.need.detach or batch.carried.step < self.need.warmup
+            states = of_policy.detach() if alone else of_policy
         head = self.value if self.value is not None else self.tables.all()[0]
         return states.to(head.weight.dtype)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -11,6 +13,20 @@ from instant_reward.policies.states import trunk
 from instant_reward.types import UserError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keeps transformers' progress bars for files that lie here already out of the run's own display."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def load_model(name: str, compute: torch.dtype, place: str) -> tuple[Any, Any]:
@@ -25,8 +41,9 @@ def load_model(name: str, compute: torch.dtype, place: str) -> tuple[Any, Any]:
     folder = models.locate(name)
     master = torch.float64 if compute == torch.float64 else torch.float32
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=master, attn_implementation="sdpa")
+        with without_bars():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=master, attn_implementation="sdpa")
         return model.to(place), tokenizer
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the model in {folder} cannot be loaded: {_first_line(error)}; check the folder") from error
@@ -72,7 +89,13 @@ def with_lora(
     settings = peft.LoraConfig(
         r=rank, lora_alpha=scale, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
     )
-    return peft.get_peft_model(model, settings)
+    wrapped = peft.get_peft_model(model, settings)
+    if hasattr(model.get_output_embeddings(), "base_layer"):
+        raise UserError(
+            "model.lora.targets: an adapter on the output head would never be trained, since log-probabilities are "
+            "computed from the head's own weight; leave the head out"
+        )
+    return wrapped
 
 
 def compute_dtype(dtype: Dtype, place: str) -> torch.dtype:

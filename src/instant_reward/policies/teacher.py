@@ -41,6 +41,12 @@ def shown_to_teacher(rollouts: Sequence[Rollout], sees: str, tokenizer: Any, pad
     return collate(changed, pad_id=pad_id)
 
 
+def check_template(prompts: Sequence[Prompt], sees: str) -> None:
+    """UserError where the template does not fit a prompt's columns."""
+    for prompt in prompts:
+        _filled(sees, prompt)
+
+
 def _filled(sees: str, prompt: Prompt) -> str:
     columns: Mapping[str, Any] = {**prompt.info, "prompt": prompt.text}
     try:

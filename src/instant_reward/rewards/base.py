@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from instant_reward.config_weight import WeightRule
 from instant_reward.text import Pieces
 from instant_reward.types import Every, Prompt, Span, Stop, UserError, View
 
 Takes = Literal["view", "text", "columns", "state"]
+Scope = Literal["text", "group", "run"]
 Value = float | None | Stop | list[float] | list[Span]
 
 
@@ -32,8 +34,14 @@ class Reward:
         weight: the factor of this source in the sum that is learned from.
         discount: per sampled token, for this source alone; None leaves it to the algorithm.
         takes: "view" f(view); "text" f(text); "columns" f(prompts, completions, **columns); "state" start and extend.
+        rule: how the weight changes while the run goes on (``config_weight``); None keeps it.
+        scaled: divide by the running deviation of what texts earn from it, so that sources of any scale weigh alike.
+        clip: each of its marks is cut to so much above and below 0; None for no bound.
         train: False keeps the source out of learning; it is only measured.
         segmenter: splits a run of characters of a script without spaces into words.
+        scope: what it looks at: its own "text"; its "group" (the function takes the final views of all siblings and
+            returns a value for each); or the "run" (it also reads what earlier steps wrote, as it was when the step
+            began: after each step its ``observe(rollouts)`` is called, and checkpoints hold its ``state_dict()``).
     """
 
     function: Any
@@ -46,6 +54,10 @@ class Reward:
     takes: Takes = "view"
     train: bool = True
     segmenter: Callable[[str], Sequence[str]] | None = None
+    scope: Scope = "text"
+    rule: WeightRule | None = None
+    scaled: bool = False
+    clip: float | None = None
     # Whether it is asked about an empty last piece where a text ends behind its last piece (a line and the end token):
     # so that it always learns of the end.
     sees_end: ClassVar[bool] = False
@@ -61,8 +73,22 @@ class Reward:
             raise UserError(f"reward '{self.name}': {error}") from error
         if self.at not in ("seen", "span"):
             raise UserError(f"reward '{self.name}': at={self.at!r} is unknown; use 'seen' or 'span'")
+        if self.scope not in ("text", "group", "run"):
+            raise UserError(f"reward '{self.name}': scope={self.scope!r} is unknown; use 'text', 'group' or 'run'")
+        if self.scope == "group" and (self.every != "end" or not self.batched):
+            raise UserError(
+                f"reward '{self.name}': scope='group' compares finished siblings; leave every at 'end', set "
+                "batched=True and return a value for each view"
+            )
+        if self.scope == "run" and not callable(getattr(self.function, "observe", None)):
+            raise UserError(
+                f"reward '{self.name}': scope='run' needs an object with observe(rollouts), which is told what each "
+                "step wrote; give it one"
+            )
         if not math.isfinite(self.weight):
             raise UserError(f"reward '{self.name}': weight={self.weight!r} is not a finite number; give one")
+        if self.clip is not None and not self.clip > 0.0:
+            raise UserError(f"reward '{self.name}': clip={self.clip!r} is not above 0; give a bound that is, or None")
         if self.discount is not None and not 0.0 <= self.discount <= 1.0:
             raise UserError(
                 f"reward '{self.name}': discount={self.discount!r} is not between 0 and 1; give one that is"
@@ -123,6 +149,7 @@ def reward(
     weight: float = 1.0,
     discount: float | None = None,
     segmenter: Callable[[str], Sequence[str]] | None = None,
+    scope: Scope = "text",
 ) -> Callable[[Any], Reward]:
     """Makes a reward of a function ``f(view)``, or of an object with ``start(prompt)`` and ``extend(state, view)``.
 
@@ -135,6 +162,7 @@ def reward(
         batched: the function gets a list of views and returns a list as long.
         name: the source's name in marks and metrics; the function's name where it is not given.
         at: "seen" pays a mark where it became known (exact); "span" pays it on the piece's own tokens (biased).
+        scope: "text", "group" (the function gets the final views of all siblings) or "run"; see ``Reward``.
 
     Raises:
         UserError: where ``every`` or another argument is not one of these.
@@ -148,12 +176,13 @@ def reward(
             function=function,
             name=name or _name_of(function),
             every=every,
-            batched=batched,
+            batched=batched or scope == "group",
             at=at,
             weight=weight,
             discount=discount,
             takes=takes,
             segmenter=segmenter,
+            scope=scope,
         )
 
     wrap.waits_for_a_function = True  # type: ignore[attr-defined]  # so that `as_reward` can tell what is missing
@@ -168,13 +197,19 @@ def stop(value: float | None = None) -> Stop:
 def as_reward(candidate: Any) -> Reward:
     """A ``Reward`` of whatever a user hands in; a plain function becomes a final score.
 
+    An object may say by attributes what ``ir.reward`` takes as arguments: ``name``, ``every``, ``batched``, ``scope``,
+    ``segmenter``.
+
     Raises:
         UserError: where it is no function, or one whose arguments fit no known form.
     """
     if isinstance(candidate, Reward):
         return candidate
+    own = {
+        key: getattr(candidate, key) for key in ("every", "batched", "scope", "segmenter") if hasattr(candidate, key)
+    }
     if _keeps_state(candidate):
-        return Reward(candidate, _name_of(candidate), getattr(candidate, "every", "end"), takes="state")
+        return Reward(candidate, _name_of(candidate), takes="state", **own)
     if not callable(candidate):
         raise UserError(
             f"{candidate!r} is no reward; give a function f(text) -> float or one decorated with @ir.reward(every=...)"
@@ -188,7 +223,7 @@ def as_reward(candidate: Any) -> Reward:
     except ValueError:  # builtins without a signature, such as `len`
         return Reward(candidate, _name_of(candidate), takes="text")
     if "completions" in {parameter.name for parameter in parameters}:
-        return Reward(candidate, _name_of(candidate), takes="columns", batched=True)
+        return Reward(candidate, _name_of(candidate), takes="columns", **{**own, "batched": True})
     needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     keyword_only = [p.name for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY]
     if len(needed) > 1 or keyword_only or not parameters:
@@ -198,8 +233,8 @@ def as_reward(candidate: Any) -> Reward:
         )
     first = (needed or parameters)[0]
     hint = first.annotation if isinstance(first.annotation, str) else getattr(first.annotation, "__name__", "")
-    takes: Takes = "view" if first.name == "view" or hint.rpartition(".")[2] == "View" else "text"
-    return Reward(candidate, _name_of(candidate), takes=takes)
+    sees_views = first.name in ("view", "views") or hint.rpartition(".")[2] == "View"
+    return Reward(candidate, _name_of(candidate), takes="view" if sees_views else "text", **own)
 
 
 def as_rewards(candidates: Sequence[Any]) -> list[Reward]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from instant_reward.config_weight import WeightRule
 from instant_reward.rewards.base import Reward, as_reward
 from instant_reward.types import Every, Prompt, UserError, View
 
@@ -78,7 +81,28 @@ def change(
     )
 
 
-def weighted(candidate: Any, weight: float, name: str | None = None) -> Reward:
-    """The same reward with another weight in the sum, and another name where one is given."""
+def weighted(candidate: Any, weight: float | Mapping[str, Any], name: str | None = None) -> Reward:
+    """The same reward with another weight in the sum, and another name where one is given.
+
+    Args:
+        weight: a number, or a rule by which it changes while the run goes on, such as
+            ``{"rule": "linear", "start": 1.0, "end": 0.0, "steps": 100}``: ``config_weight`` has them all.
+
+    Raises:
+        UserError: where the rule is none of those.
+    """
     one = as_reward(candidate)
-    return one.but(weight=weight, name=name or one.name)
+    if isinstance(weight, Mapping):
+        return one.but(rule=weight_rule(weight, one.name), name=name or one.name)
+    return one.but(weight=weight, rule=None, name=name or one.name)
+
+
+def weight_rule(values: Mapping[str, Any], name: str) -> Any:
+    """The rule that plain values stand for; UserError where they stand for none."""
+    try:
+        return TypeAdapter(WeightRule).validate_python(dict(values))
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in wrong["loc"][1:])
+        message = f"{where}: {wrong['msg']}" if where else wrong["msg"]
+        raise UserError(f"reward '{name}': weight={dict(values)} is no rule ({message}); correct it") from None

@@ -6,6 +6,7 @@ so live marks and replayed marks are equal. Batched rewards see all rows of one 
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 from instant_reward.rewards.base import Reward, as_rewards
 from instant_reward.text import Pieces, TextDecoder, TextStream, token_range
-from instant_reward.types import Mark, Prompt, RewardError, Rollout, Span, Stop, View
+from instant_reward.types import Mark, Prompt, RewardError, Rollout, Span, Stop, UserError, View
 
 
 @dataclass
@@ -32,10 +33,16 @@ class _Row:
     cursors: list[_Cursor]
     states: list[Any]
     char_ends: list[int]
+    sampled: list[int]  # how many tokens the policy sampled, up to and with each token: others may have written some
     text: str = ""
     marks: list[Mark] = field(default_factory=list)
     stopped_by: set[int] = field(default_factory=set)
     finished: bool = False
+
+    def count(self, upto: int | None = None) -> int:
+        """How many of the first ``upto`` tokens (of all) the policy sampled."""
+        index = len(self.sampled) if upto is None else upto
+        return self.sampled[index - 1] if index else 0
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class Watch:
             cursors=[_Cursor(0, first) for _ in self._ways],
             states=[self._start(one, prompt) for one in self.rewards],
             char_ends=[0] * first,
+            sampled=[0] * first,
         )
 
     def feed(self, row: Any, token_ids: Sequence[int], done: bool) -> tuple[list[Mark], int | None]:
@@ -115,6 +123,16 @@ class Watch:
         closed = self._rows.pop(row)
         return closed.text, closed.char_ends, closed.marks
 
+    def rate_finished(self, rollouts: Sequence[Rollout]) -> list[list[Mark]]:
+        """The marks of whole texts whose pieces all end with them; rewards see all the texts in one call."""
+        for number, rollout in enumerate(rollouts):
+            self.open(number, rollout.prompt)
+            row = self._rows[number]
+            row.text, row.char_ends = rollout.text, list(rollout.char_ends)
+            row.sampled = list(itertools.accumulate(rollout.mask))
+        self._rate([(self._rows[number], True) for number in range(len(rollouts))])
+        return [self.close(number)[2] for number in range(len(rollouts))]
+
     def _start(self, one: Reward, prompt: Prompt) -> Any:
         try:
             return one.start(prompt)
@@ -127,11 +145,16 @@ class Watch:
         characters = row.stream.push(token_id)
         return characters + row.stream.flush() if last else characters
 
-    def _advance(self, ready: Sequence[tuple[_Row, str, bool]]) -> None:
-        """One more token for each row: cut pieces, ask the rewards, and close rows that a reward stopped."""
+    def _advance(self, ready: Sequence[tuple[_Row, str, bool]], own: bool = True) -> None:
+        """One more token for each row: cut pieces, ask the rewards, and close rows that a reward stopped.
+
+        Args:
+            own: whether the policy sampled it; else another speaker wrote it.
+        """
         for row, characters, _ in ready:
             row.text += characters
             row.char_ends.append(len(row.text))
+            row.sampled.append(row.count() + own)
         self._rate([(row, last) for row, _, last in ready])
         stopped = [row for row, _, last in ready if row.stopped_by and not last]
         if stopped:  # the text ends here: the other rewards see their last pieces
@@ -161,7 +184,7 @@ class Watch:
         elif pieces.by_tokens is not None:
             # A zero-width token may hold the first bytes of a character: a piece ends with whole characters only.
             visible = seen == first or row.char_ends[-1] > (row.char_ends[-2] if seen > 1 else 0)
-            full = seen - cursor.token >= pieces.by_tokens and visible
+            full = row.count() - row.count(cursor.token) >= pieces.by_tokens and visible
             ends = [len(row.text)] if full or (done and seen > cursor.token) else []
         else:
             ends = pieces.ends(row.text, cursor.character, done)
@@ -179,7 +202,7 @@ class Watch:
                 info=row.prompt.info,
                 done=final,
                 tokens=end_token - start_token,
-                sampled=seen - first,
+                sampled=row.count(),
             )
             result.append(_Piece(row, view, start_token, end_token, seen))
             cursor.character, cursor.token = end, end_token
@@ -190,8 +213,7 @@ class Watch:
         """An empty last piece, for a text that ends where its last piece had ended already."""
         seen = len(row.char_ends)
         start = min(row.cursors[way].token, seen - 1)
-        sampled = seen - len(row.prompt.token_ids)
-        view = View(row.text, "", row.prompt, row.prompt.info, done=True, tokens=seen - start, sampled=sampled)
+        view = View(row.text, "", row.prompt, row.prompt.info, done=True, tokens=seen - start, sampled=row.count())
         return _Piece(row, view, start, seen, seen)
 
     def _ask(self, index: int, one: Reward, pieces: Sequence[_Piece]) -> None:
@@ -298,17 +320,29 @@ def replay(rewards: Sequence[Any], rollout: Rollout) -> list[Mark]:
 
     Returns:
         The marks that a live watch with these rewards would have made.
+
+    Raises:
+        UserError: where a reward compares siblings, which one text does not have.
     """
+    return replay_to_stop(rewards, rollout)[0]
+
+
+def replay_to_stop(rewards: Sequence[Any], rollout: Rollout) -> tuple[list[Mark], int | None]:
+    """``replay``, and the length in tokens at which a reward stops the text, if one does."""
     watch = Watch(rewards)
+    siblings = next((one.name for one in watch.rewards if one.scope == "group"), None)
+    if siblings is not None:
+        raise UserError(f"reward '{siblings}' compares siblings; score all of them together with ir.replay_groups")
     watch.open(0, rollout.prompt)
     row = watch._rows[0]
     count = len(rollout.token_ids)
     for index in range(rollout.start, count):
         before = rollout.char_ends[index - 1] if index > rollout.start else 0
         last = index == count - 1 and rollout.stop != "stopped"
-        watch._advance([(row, rollout.text[before : rollout.char_ends[index]], last)])
+        watch._advance([(row, rollout.text[before : rollout.char_ends[index]], last)], bool(rollout.mask[index]))
         if row.stopped_by:
             break
     if not row.finished:  # another reward stopped this text: these see their last pieces where it was cut
         watch._rate([(row, True)])
-    return watch.close(0)[2]
+    stopped = len(row.char_ends) if row.stopped_by else None
+    return watch.close(0)[2], stopped

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from instant_reward.rewards.base import as_rewards
+from instant_reward.rewards.scope import held_back, of_groups
 from instant_reward.rewards.watch import Watch
 from instant_reward.sampling.draw import Settings, draw, uniforms
 from instant_reward.sampling.slots import SlotCache
@@ -114,11 +116,13 @@ class Engine:
         """
         if per_prompt < 1:
             raise UserError(f"per_prompt={per_prompt} must be at least 1")
-        watch = Watch(rewards, self._decoder, step)
+        named = as_rewards(rewards)
+        watch = Watch([one for one in named if one.scope != "group"], self._decoder, step)
         # Scoring runs on one thread of its own, so that marks come in order and rewards need no locks.
         worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rewards")
         try:
-            yield from _Stream(self, watch, worker).run(self._texts(prompts, per_prompt, seed, step))
+            rollouts = _Stream(self, watch, worker).run(self._texts(prompts, per_prompt, seed, step))
+            yield from held_back(rollouts, named, per_prompt, step) if of_groups(named) else rollouts
         finally:  # after an error, or where the caller wants no more texts, what waits to be scored is dropped
             worker.shutdown(cancel_futures=True)
 
@@ -333,5 +337,6 @@ class _Stream:
             stop=reason,
             temperature=settings.temperature,
             forbidden_end=settings.min_new_tokens,
+            reshaped=settings.top_p < 1.0 or settings.top_k > 0 or settings.guide != 0.0,
             info=text.prompt.info,
         )
