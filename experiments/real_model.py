@@ -75,7 +75,8 @@ def run(plan: Plan, options: argparse.Namespace) -> None:
     overrides = [*ARMS[arm], *LENGTHS[length], f"train.learning_rate={rate}", f"seed={seed}"]
     overrides.append(f"train.threads={options.threads}")
     command = [sys.executable, "-m", "instant_reward.cli", "train", str(RECIPE), *overrides, "--out", str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}  # for the reward that is in this file
+    places = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]  # for the reward in this file
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     shutil.rmtree(out / "checkpoints")  # 1.6 GB each, and nothing here reads them
     report.say(f"{out.name}: {scores(plan, options)[-1]:.3f}")
@@ -140,9 +141,7 @@ def main() -> None:
     all_of([("tune", arm, rate, TUNING_SEED) for arm in ARMS for rate in RATES], options)
     rates = {arm: chosen_rate(arm, options) for arm in ARMS}
     lengths = {"32": list(ARMS), "96": [BASE, "change per word, discount 0.8"]}
-    all_of(
-        [(key, arm, rates[arm][0], seed) for key, arms in lengths.items() for seed in SEEDS for arm in arms], options
-    )
+    all_of([(key, arm, rates[arm][0], seed) for key in lengths for seed in SEEDS for arm in lengths[key]], options)
     tables: dict[str, list[dict[str, Any]]] = {
         f"{key} new tokens": compared([row(key, arm, rates[arm][0], options) for arm in arms])
         for key, arms in lengths.items()

@@ -11,6 +11,8 @@ from instant_reward.config import DataConfig, RewardConfig
 from instant_reward.imports import resolve
 from instant_reward.rewards.base import Reward, as_reward
 from instant_reward.rewards.compose import change
+from instant_reward.rewards.names import import_path
+from instant_reward.rewards.shaping import potential
 from instant_reward.types import UserError
 
 
@@ -24,7 +26,7 @@ def build_rewards(configs: Sequence[RewardConfig]) -> list[Reward]:
 
 
 def _reward(config: RewardConfig) -> Reward:
-    found = resolve(config.use)
+    found = resolve(import_path(config.use))
     if inspect.isclass(found) or config.args:
         try:
             found = found(**config.args)
@@ -33,6 +35,9 @@ def _reward(config: RewardConfig) -> Reward:
     every = resolve(config.every) if isinstance(config.every, str) and ":" in config.every else config.every
     if config.change:
         made = change(found, every=every or "word", name=config.label)
+    elif config.potential:
+        shaped_for = 1.0 if config.discount is None else config.discount
+        made = potential(found, shaped_for, every=every or "word", name=config.label)
     else:
         made = as_reward(found)
         made = made.but(every=every) if every is not None else made

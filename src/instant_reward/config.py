@@ -19,6 +19,7 @@ from instant_reward.config_section import Count, Fraction, NotNegative, Positive
 from instant_reward.config_weight import Weight
 from instant_reward.imports import resolve as resolve
 from instant_reward.presets import preset_of
+from instant_reward.rewards.names import import_path
 from instant_reward.yaml_values import apply_overrides, read_mapping, to_yaml
 
 PIECES = ("token", "word", "sentence", "line", "end")
@@ -94,7 +95,7 @@ class RewardConfig(Section):
     """One reward: the function ``use``, called with ``args`` first where there are any.
 
     Attributes:
-        use: ``module:name``, or a file as ``folder/file.py:name``.
+        use: a short name (``rewards/names.py``), ``module:name``, or a file as ``folder/file.py:name``.
         name: what its marks are called; the function's name when left out.
         weight: in the sum that is learned from: a number, or a rule by which it changes while the run goes on
             (``config_weight``), such as ``{rule: linear, start: 1, end: 0, steps: 100}``.
@@ -104,6 +105,7 @@ class RewardConfig(Section):
             the function's own when left out.
         at: where a mark is paid: "seen" (exact), or on its "span" (biased).
         change: pay the change of the score at each piece, from the empty text's on.
+        potential: pay it as a potential beside a final reward, shaped for this reward's ``discount`` (``ir.potential``).
         train: False for a reward that is only watched.
     """
 
@@ -117,8 +119,15 @@ class RewardConfig(Section):
     every: Annotated[str | int | None, Field(union_mode="left_to_right")] = None
     at: Literal["seen", "span"] = "seen"
     change: bool = False
+    potential: bool = False
     args: dict[str, Any] = {}
     train: bool = True
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if self.change and self.potential:
+            raise ValueError("a score is paid by its change or as a potential; leave out change or potential")
+        return self
 
     @property
     def label(self) -> str:
@@ -128,7 +137,8 @@ class RewardConfig(Section):
     @field_validator("use")
     @classmethod
     def _use(cls, value: str) -> str:
-        return _import_path(value)
+        import_path(value)
+        return value
 
     @field_validator("every", mode="before")
     @classmethod

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from instant_reward import assemble
 from instant_reward.config import Config, RewardConfig
+from instant_reward.config_problems import report, sentences
 from instant_reward.records import rollout_record
 from instant_reward.rewards.base import Reward
 from instant_reward.rewards.scope import replay_groups
@@ -78,7 +80,11 @@ def score_texts(options: argparse.Namespace) -> int:
 
 def _rewards(names: Sequence[str]) -> list[Reward]:
     single = [name for given in names for name in given.split(",") if name]
-    return assemble.build_rewards([RewardConfig.model_validate(name) for name in single])
+    try:
+        configs = [RewardConfig.model_validate(name) for name in single]
+    except ValidationError as error:
+        raise report("--reward", sentences(error, RewardConfig)) from None
+    return assemble.build_rewards(configs)
 
 
 def _show(rollouts: Sequence[Rollout], as_json: bool) -> None:
