@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from instant_reward.config_weight import WeightRule
 from instant_reward.text import Pieces
@@ -58,9 +58,6 @@ class Reward:
     rule: WeightRule | None = None
     scaled: bool = False
     clip: float | None = None
-    # Whether it is asked about an empty last piece where a text ends behind its last piece (a line and the end token):
-    # so that it always learns of the end.
-    sees_end: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.takes == "state" and inspect.isclass(self.function):
@@ -93,6 +90,12 @@ class Reward:
             raise UserError(
                 f"reward '{self.name}': discount={self.discount!r} is not between 0 and 1; give one that is"
             )
+
+    @property
+    def sees_end(self) -> bool:
+        """Whether it is asked about an empty last piece where a text ends behind its last piece (a line and the end
+        token), so that it always learns of the end: where its object has ``sees_end = True``."""
+        return bool(getattr(self.function, "sees_end", False))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the wrapped function as it is."""

@@ -12,15 +12,19 @@ _HERE = "instant_reward.rewards."
 NAMES = {
     name: _HERE + place
     for name, place in {
+        "attention_shares": "redistribute:AttentionShares",
         "bleu": "metrics:Bleu",
         "chrf": "metrics:Chrf",
         "edit_similarity": "metrics:EditSimilarity",
+        "ensemble": "combine:Ensemble",
         "exact_match": "metrics:ExactMatch",
+        "learned_shares": "redistribute:LearnedShares",
         "math_answer": "metrics:MathAnswer",
         "numeric_answer": "metrics:NumericAnswer",
         "review_sentiment": "sentiment:ReviewSentiment",
         "rouge": "metrics:Rouge",
         "token_f1": "metrics:TokenF1",
+        "uniform_shares": "redistribute:UniformShares",
         "vader": "sentiment:Vader",
     }.items()
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from instant_reward.rewards.base import Reward, as_reward
 from instant_reward.types import Every, Prompt, UserError, View
@@ -24,6 +24,8 @@ class Potential:
     ``k`` counts the sampled tokens since the last payment. It is no count of the piece's own tokens: a piece is paid at
     the token that showed that it had ended.
     """
+
+    sees_end = True
 
     def __init__(self, phi: Callable[[Any], Any], discount: float, batched: bool) -> None:
         self.phi = phi
@@ -64,8 +66,6 @@ class Potential:
 @dataclass(frozen=True)
 class Shaping(Reward):
     """A reward made by ``potential``: its discount and placement are part of what it pays, and cannot be changed."""
-
-    sees_end: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

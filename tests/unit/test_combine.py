@@ -1,0 +1,141 @@
+"""Several rewards as one, and one final score in shares."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import instant_reward as ir
+from instant_reward.assemble import build_rewards
+from instant_reward.config import RewardConfig
+from instant_reward.rewards.combine import Ensemble
+from instant_reward.rewards.redistribute import AttentionShares, LearnedShares, UniformShares
+from tiny import tiny_folder, tiny_llama, tiny_policy
+
+TEXTS = ["the movie was", "it was", "a film of"]
+
+
+def size(text: str) -> float:
+    return float(len(text))
+
+
+def vowels(text: str) -> float:
+    return float(sum(letter in "aeiou" for letter in text))
+
+
+def words(text: str) -> float:
+    return float(len(text.split()))
+
+
+def rollouts(rewards: list[Any], tokens: int = 10) -> list[ir.Rollout]:
+    return tiny_policy().sample(TEXTS, per_prompt=3, max_new_tokens=tokens, rewards=rewards, seed=4)
+
+
+@pytest.mark.parametrize(
+    ("how", "together"),
+    [
+        ("sum", lambda a, b, c: a + b + c),
+        ("mean", lambda a, b, c: (a + b + c) / 3),
+        ("minimum", min),
+        ("pessimistic", lambda *three: statistics.fmean(three) - 0.5 * statistics.pstdev(three)),
+    ],
+    ids=["sum", "mean", "minimum", "pessimistic"],
+)  # fmt: skip
+def test_members_are_put_together(how: Any, together: Any) -> None:
+    for one in rollouts([Ensemble([size, vowels, words], how, k=0.5)]):
+        (mark,) = one.marks
+        assert mark.value == pytest.approx(together(size(one.text), vowels(one.text), words(one.text)))
+
+
+def test_members_that_keep_a_state_keep_it() -> None:
+    changed = [ir.change(size, every="word"), ir.change(vowels, every="word")]
+    for one in rollouts([Ensemble(changed, "sum")]):
+        assert one.total("ensemble") == pytest.approx(size(one.text) + vowels(one.text))
+        assert ir.replay([Ensemble(changed, "sum")], one) == one.marks
+
+
+def test_members_come_from_a_config_by_name() -> None:
+    members = ["vader", {"use": "review_sentiment", "args": {"min_count": 0}}]
+    with pytest.raises(ir.UserError, match="ReviewSentiment: give"):
+        Ensemble(members)
+    config = RewardConfig(use="ensemble", args={"members": ["vader", "vader"], "how": "minimum"})
+    (made,) = build_rewards([config])
+    (mark,) = ir.replay([made], rollouts([])[0])
+    assert (mark.source, mark.value) == ("ensemble", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("members", "options", "sentence"),
+    [
+        ([size], {}, "at least two members"),
+        ([size, ir.change(vowels, every="word")], {}, "must have the same every .*'size' 'end'.*'vowels' 'word'"),
+        ([size, vowels], {"how": "median"}, "how='median' is unknown; use sum, mean"),
+        (["vadr", "vader"], {}, "did you mean vader"),
+        ([{"path": "x"}, size], {}, "a mapping with use and args"),
+        ([size, ir.reward(scope="group")(lambda views: [0.0])], {}, "look beyond their own text"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_put_together_is_refused(members: list[Any], options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ir.UserError, match=sentence):
+        Ensemble(members, **options)
+
+
+def test_even_shares_sum_to_the_score_and_are_paid_where_it_was_known() -> None:
+    for one in rollouts([UniformShares(vowels)]):
+        assert one.total() == pytest.approx(vowels(one.text))
+        assert len({mark.value for mark in one.marks}) == 1
+        assert {mark.seen for mark in one.marks} == {len(one.token_ids)}
+
+
+def test_shares_by_attention_are_spans_that_sum_to_the_score(tmp_path: Path) -> None:
+    model = tiny_folder(tmp_path, tiny_llama(dtype=torch.float32))
+    reward = AttentionShares(vowels, str(model))
+    several = 0
+    for one in rollouts([reward], tokens=16):
+        assert one.total() == pytest.approx(vowels(one.text), abs=1e-5)
+        assert {mark.seen for mark in one.marks} == {len(one.token_ids)}
+        several += len({round(mark.value, 6) for mark in one.marks}) > 1
+        assert ir.replay([reward], one) == one.marks
+    assert several > 5, "they differ by token"
+
+
+@pytest.mark.parametrize("text", ["", "x", "\ud83d", "🎬🎬", "电影很好看。", "a" * 10_000])
+def test_shares_of_odd_texts(text: str, tmp_path: Path) -> None:
+    model = tiny_folder(tmp_path, tiny_llama(dtype=torch.float32))
+    view = ir.View(text, text, rollouts([])[0].prompt, {}, True, tokens=max(1, len(text)))
+    found: Any = AttentionShares(size, str(model))(view)
+    total = found if isinstance(found, float) else sum(span.value for span in found)
+    assert total == pytest.approx(size(text), rel=1e-4)
+    assert sum(UniformShares(size)(view)) == pytest.approx(size(text))
+
+
+def test_a_learned_predictor_moves_the_score_to_where_it_was_decided() -> None:
+    """Before it has learned, all is paid at the end; after, at the words that bring the score. Both sum to it."""
+    reward = LearnedShares(vowels)
+    before = rollouts([reward])
+    for one in before:
+        assert one.total() == pytest.approx(vowels(one.text))
+        assert all(mark.value == 0.0 for mark in one.marks[:-1])
+    for _ in range(3):
+        reward.observe(before)
+    after = rollouts([reward])
+    assert [one.text for one in after] == [one.text for one in before]
+    for one in after:
+        assert one.total() == pytest.approx(vowels(one.text))
+    early = sum(abs(mark.value) for one in after for mark in one.marks[:-1])
+    assert early > 1.0
+    assert [ir.replay([reward], one) for one in after] == [one.marks for one in after]
+    again = LearnedShares(vowels)
+    again.load_state_dict(reward.state_dict())
+    assert [ir.replay([again], one) for one in after] == [one.marks for one in after]
+
+
+def test_a_score_that_takes_no_text_is_refused() -> None:
+    with pytest.raises(ir.UserError, match="'graded' takes no text"):
+        UniformShares(ir.reward(every="end", name="graded")(lambda view: 0.0))
+    with pytest.raises(ir.UserError, match="ridge=0 and keep=512 must be above 0"):
+        LearnedShares(size, ridge=0)
