@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import instant_reward as ir
-from exact.world import REINFORCE, World, angle_differs, chance, differ, same
-from instant_reward import credit
-from instant_reward.batch import Batch
+from exact.world import LONGEST, REINFORCE, World, angle_differs, chance, differ, same
+from instant_reward import algorithms, credit
+from instant_reward.batch import Batch, collate
+from instant_reward.config import AlgorithmConfig
 from instant_reward.crediting import credit_batch
 from instant_reward.presets import PRESETS, Preset
+from instant_reward.rewards.scope import rate_groups
+from instant_reward.types import Carried, Rollout, UserError
 
 torch.set_num_threads(1)
 RLOO = partial(credit_batch, preset=PRESETS["rloo"])
@@ -80,6 +84,77 @@ def test_summing_over_the_text_is_unbiased(world: World) -> None:
     step = world.expected_step([words], partial(credit_batch, preset=whole), siblings=2)
     assert same(step, world.expected_step([words]))
     assert differ(step, world.expected_step([WORDS])), "the discount is lost with the timing"
+
+
+UNLIKE = ir.reward(scope="group", name="unlike")(
+    lambda views: [
+        chance(f"{one.text} beside {' '.join(other.text for other in views if other is not one)}") for one in views
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def pairs(world: World) -> list[Rollout]:
+    """Every pair of texts as a group, scored together by a reward that compares them."""
+    rollouts, texts = world.rollouts([]), range(len(world.texts))
+    both = [(one, other) for one in texts for other in texts]
+    rows = [replace(rollouts[text], group=group, marks=[]) for group, pair in enumerate(both) for text in pair]
+    rate_groups([UNLIKE], rows)
+    return rows
+
+
+def compared(world: World, pairs: list[Rollout], **options: Any) -> Tensor:
+    """The expected step: each group by its probability, averaged over its two texts."""
+    algorithm = algorithms.build(AlgorithmConfig(**options), [UNLIKE], LONGEST)
+    batch = replace(collate(pairs, algorithm.sources, dtype=torch.float64), carried=Carried(3, mean_return=0.4))
+    if algorithm.needs.critic is not None:  # its value of a prefix: any function of the tokens before
+        batch = replace(batch, values=(batch.token_ids.cumsum(1).roll(1, dims=1) * 0.37).sin()[:, None].double())
+    advantages = algorithm.credit(batch).advantages
+    texts = torch.arange(len(world.texts))
+    texts = torch.stack(torch.meshgrid(texts, texts, indexing="ij"), -1).flatten()  # of each row of the batch
+    chances = world.probabilities().detach()[texts].view(-1, 2).prod(1).repeat_interleave(2)
+    per_text = torch.where(batch.mask, advantages * world.logprobs()[texts], 0.0).sum(1)
+    (gradient,) = torch.autograd.grad((chances / 2 * per_text).sum(), world.logits)
+    return gradient
+
+
+def test_siblings_are_a_biased_baseline_of_a_reward_that_compares_them(world: World, pairs: list[Rollout]) -> None:
+    """A sibling's reward hangs on this text where rewards compare siblings: as a baseline it turns the step.
+
+    E[ grad log p(x) r(x; x') ] is exact, the sibling held fixed;  E[ grad log p(x) r(x'; x) ] != 0
+
+    The mean of earlier steps and the critic's value of the prefix know nothing of this text, and stay unbiased.
+    """
+    texts = [rollout.text for rollout in world.rollouts([])]
+    table = torch.tensor([[chance(f"{one} beside {other}") for other in texts] for one in texts], dtype=torch.float64)
+    chances = world.probabilities()
+    (exact,) = torch.autograd.grad(chances @ table @ chances.detach(), world.logits)
+    assert same(compared(world, pairs, name="reinforce"), exact)
+    assert same(compared(world, pairs, name="reinforce", baseline="running_mean"), exact)
+    assert same(compared(world, pairs, name="reinforce", baseline="value"), exact)
+    assert angle_differs(compared(world, pairs, name="rloo", biased_baseline="allow"), exact)
+    whole = compared(world, pairs, name="dr_grpo", baseline="leave_one_out", biased_baseline="allow")
+    assert angle_differs(whole, exact)
+    chances = world.probabilities()
+    (pull,) = torch.autograd.grad(chances.detach() @ table @ chances, world.logits)
+    assert same(whole, exact - pull), "the sibling's reward pulls the other way"
+
+
+def test_such_a_baseline_is_refused() -> None:
+    """Whoever compares siblings' returns refuses rewards that compare siblings, unless the bias is allowed by name."""
+    refused = {"rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "instant", "rwr"}
+    for name in set(PRESETS) - {"distill"}:
+        if name not in refused:
+            algorithms.build(AlgorithmConfig(name=name), [UNLIKE], LONGEST)
+            continue
+        with pytest.raises(UserError, match=r"'unlike' compares siblings.*algorithm\.biased_baseline=allow"):
+            algorithms.build(AlgorithmConfig(name=name), [FINAL, UNLIKE], LONGEST)
+        algorithms.build(AlgorithmConfig(name=name, biased_baseline="allow"), [UNLIKE], LONGEST)
+        algorithms.build(AlgorithmConfig(name=name, baseline="running_mean"), [UNLIKE], LONGEST)
+        algorithms.build(AlgorithmConfig(name=name), [FINAL, UNLIKE.but(train=False)], LONGEST)
+    for baseline in ("leave_one_out", "group_mean"):
+        with pytest.raises(UserError, match=rf"'unlike' compares siblings.*\({baseline}\)"):
+            algorithms.build(AlgorithmConfig(name="reinforce", baseline=baseline), [UNLIKE], LONGEST)
 
 
 def reference_leave_one_out(returns: list[list[float]], groups: list[int]) -> list[list[float]]:

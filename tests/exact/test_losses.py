@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import instant_reward as ir
+from exact.chosen import Chosen
 from exact.world import PLAIN, PROMPT, REINFORCE, Credit, World, angle_differs, chance, differ, same
 from instant_reward import algorithms, losses
 from instant_reward.batch import Batch, collate
@@ -56,6 +58,31 @@ def test_clipped_is_the_plain_step_at_ratio_one(world: World, normalise: losses.
         return replace(batch, old_logprobs=batch.old_logprobs.roll(1, dims=1))
 
     assert angle_differs(world.expected_step([FINAL, WORDS], late, clipped), step)
+
+
+@pytest.mark.parametrize("level", ["token", "piece", "sequence", "decision"])
+def test_a_bound_that_is_met_exactly_is_the_plain_step_at_ratio_one(world: World, level: str) -> None:
+    """On the policy's own texts every weight is 1, and a bound of 1 leaves it what it is; so do V-trace's own bounds.
+
+    min(p / q, 1) = 1 where p = q
+    """
+    pieces: dict[str, Any] = {"pieces": "word"} if level == "piece" else {}
+    plain = Chosen(world, [FINAL, WORDS], name="reinforce", **pieces).step()
+    options = {"name": "reinforce", "importance": {"level": level, "most": 1.0}, **pieces}
+    assert same(Chosen(world, [FINAL, WORDS], sampler=world, **options).step(), plain)
+    batch = Chosen(world, [FINAL, WORDS], sampler=world, **options).batch()
+    assert batch.weights is None or batch.weights[batch.mask].eq(1.0).all()
+    values = [{prefix: 2.0 * chance(f"{number} {prefix}") for prefix in world.row_of} for number in range(2)]
+    learned: dict[str, Any] = {"lam": 1.0, "values": values, **pieces}
+    assert same(Chosen(world, [FINAL, WORDS], sampler=world, name="vtrace", **learned).step(), plain)
+    if level != "decision":
+        decoupled = {"name": "decoupled_ppo", "scale": "none", "importance": options["importance"], **learned}
+        assert same(Chosen(world, [FINAL, WORDS], sampler=world, **decoupled).step(), plain)
+    less = {**options, "importance": {"level": level, "most": 0.9}}
+    assert same(Chosen(world, [FINAL, WORDS], sampler=world, **less).step(), 0.9 * plain), "a bound below 1 binds"
+    free = {**options, "importance": {"level": level, "most": None}}
+    bounded, unbounded = (Chosen(world, [FINAL, WORDS], sampler=World(seed=1), **one) for one in (options, free))
+    assert angle_differs(bounded.step(), unbounded.step()), "and on another policy's texts so does 1"
 
 
 def test_clipped_stops_where_it_says() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 import instant_reward as ir
 from exact.chosen import FIRST, Chosen, true_values
 from exact.world import ALPHABETS, END, World, angle_differs, chance, differ, same
-from instant_reward import losses
+from instant_reward import credit, losses
 from instant_reward.batch import Batch
 from instant_reward.text import Pieces
 from instant_reward.types import LossOutput, Rollout
@@ -179,3 +179,55 @@ def _own(rollout: Rollout) -> list[float]:
         sum(mark.value for mark in rollout.marks if mark.start <= t < mark.end)
         for t in range(FIRST, len(rollout.token_ids))
     ]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_folding_against_a_plain_loop(seed: int) -> None:
+    """Tokens to pieces and back: sums, first tokens, copies; whatever stands where the mask is off, numbers included.
+
+    sum: F[p] = sum_{t in p} x[t];   first: F[p] = x[first t in p];   back: x[t] = F[piece of t]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(6, 9, generator=generator) < 0.6
+    mask[:, 0] = False
+    begins = (torch.rand(6, 9, generator=generator) < 0.5) & mask
+    first = mask & (mask.long().cumsum(1) == 1)
+    numbers = (begins | first).long().cumsum(1) - 1
+    junk = torch.randint(0, 9, (6, 9), generator=generator)  # prompts and other speakers have numbers too
+    pieces = torch.where(mask, numbers, junk)
+    values = torch.where(mask, torch.randn(6, 9, generator=generator, dtype=torch.float64), torch.nan)
+    wanted = {take: torch.zeros(6, 9, dtype=torch.float64) for take in ("sum", "first")}
+    for row, t in mask.nonzero().tolist():
+        piece = int(pieces[row, t])
+        wanted["sum"][row, piece] += values[row, t]
+        if not (mask[row, :t] & (pieces[row, :t] == piece)).any():
+            wanted["first"][row, piece] = values[row, t]
+    for take, one in wanted.items():
+        assert same(credit.fold(values, mask, pieces, take), one)
+        back = credit.unfold(one, mask, pieces)
+        assert not back[~mask].any()
+        assert all(back[row, t] == one[row, pieces[row, t]] for row, t in mask.nonzero().tolist())
+    unmasked = credit.fold(values.nan_to_num(), torch.ones_like(mask), pieces, "first")
+    assert differ(unmasked, wanted["first"]), "the mask ignored"
+
+
+def test_a_pieces_value_is_that_of_the_text_before_it() -> None:
+    """With words as actions, GAE by hand: the value before a word's first token, the word's rewards, the next word's.
+
+    delta_i = sum_{t in i} r_t + g V(before word i+1) - V(before word i),   A_i = delta_i + g lambda A_{i+1}
+    """
+    world = World(ALPHABETS[1])
+    values = [{prefix: 5.0 * chance(f"{number} {prefix}") for prefix in world.row_of} for number in range(2)]
+    batch = Chosen(world, [FINAL, TOKENS], name="a2c", lam=0.7, pieces="word", discount=0.9, values=values).batch()
+    for row in range(len(batch)):
+        places = batch.mask[row].nonzero().flatten()
+        words = [places[batch.pieces[row][places] == number] for number in range(int(batch.pieces[row].max()) + 1)]
+        wanted = torch.zeros_like(batch.advantages[row])
+        for source in range(2):
+            ahead = running = 0.0
+            for word in reversed(words):
+                before = float(batch.values[row, source, word[0]])
+                running = float(batch.rewards[row, source, word].sum()) + 0.9 * ahead - before + 0.63 * running
+                ahead = before
+                wanted[word] += running
+        assert same(batch.advantages[row], wanted)

@@ -189,6 +189,31 @@ def test_weights_follow_their_targets(world: World, reference: World) -> None:
     assert same(loss.step(), 2.0 * before.step())
 
 
+def test_weights_wait_while_the_critic_learns_alone(world: World, reference: World) -> None:
+    """While the policy does not learn, its KL and entropy stay where they are, and their weights must not run away.
+
+    w[n + 1] = w[n]  for the first ``critic.warmup`` steps; from then on it follows
+    """
+    values = [{prefix: chance(f"{source} {prefix}") for prefix in world.row_of} for source in range(2)]
+    options: dict[str, Any] = {"kl": 0.5, "kl_target": 0.1, "kl_horizon": 62, "entropy": 0.3, "entropy_target": 3.0}
+    far = {"kl": 0.0, "entropy": 1.0}  # both as far from their targets as a step reacts to
+    for warmup in (0, 3):
+        critic = {"warmup": warmup}
+        chosen = Chosen(world, [FINAL], name="ppo", reference=reference, values=values, critic=critic, **options)
+        batch, found, kl, entropy = chosen.batch(), Carried(), 0.5, 0.3
+        for number in range(5):
+            found = chosen.algorithm.adapt(replace(batch, carried=found), far)
+            if number >= warmup:
+                kl, entropy = kl * (1.0 - 0.2 * 31 / 62), entropy * 1.1
+            assert carried.kl_weight(found, chosen.config) == pytest.approx(kl, abs=1e-12)
+            assert carried.entropy_weight(found, chosen.config) == pytest.approx(entropy, abs=1e-12)
+            assert found.step == number + 1, "the steps count all the same"
+            assert found.mean_return == pytest.approx(float(batch.returns[batch.mask].mean()))
+    plain = Chosen(world, [FINAL], name="reinforce", reference=reference, **options)
+    moved = plain.algorithm.adapt(replace(plain.batch(), carried=Carried()), far)
+    assert moved.kl == pytest.approx(0.45), "without a critic they follow at once"
+
+
 def test_the_running_mean_of_returns(world: World) -> None:
     """The mean of earlier steps' returns, an exponential average with what is missing at first made up for.
 

@@ -116,6 +116,17 @@ class TestNames:
             build([FINAL.but(name=name)], name="reinforce", **options)
         build([FINAL], name="reinforce", **options)
 
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [("kl", {"kl": 0.1}), ("teacher", {"teacher": TEACHER}), ("length", {"soft_length": 2})],
+    )
+    def test_nor_may_one_that_is_only_watched(self, name: str, options: dict[str, Any]) -> None:
+        """Its marks would be taken for the source's own, and be learned from."""
+        watched = FINAL.but(name=name, train=False)
+        with pytest.raises(UserError, match=rf"rewards: '{name}' is the name of a source of the algorithm's own"):
+            build([FINAL, watched], name="reinforce", **options)
+        assert [one.name for one in build([FINAL, watched], name="reinforce").sources] == ["final"]
+
     def test_without_that_source_the_name_is_free_and_is_a_reward_like_any_other(self) -> None:
         assert [one.name for one in build([WORDS.but(name="length")], name="reinforce").sources] == ["length"]
 

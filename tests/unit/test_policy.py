@@ -432,6 +432,17 @@ class TestAdapters:
             load_policy(str(tiny_folder(tmp_path / "base")), lora={"rank": 2, "dropout": 0.1})
 
 
+    @pytest.mark.parametrize("targets", ["lm_head", ["q_proj", "lm_head"]])
+    def test_an_adapter_on_the_output_head_is_refused(self, tmp_path: Path, targets: Any) -> None:
+        """Log-probabilities are computed from the head's own weight: the adapter would act on the samples alone."""
+        folder = str(tiny_folder(tmp_path / "base"))
+        with pytest.raises(UserError, match=r"model\.lora\.targets: an adapter on the output head"):
+            load_policy(folder, lora={"rank": 2, "targets": targets})
+        policy = load_policy(folder, lora={"rank": 2, "targets": ["q_proj"]})
+        ids, mask = random_ids(), random_mask()
+        assert torch.allclose(policy.logprobs(ids, mask), by_definition(policy.model, ids, mask), atol=1e-5)
+
+
 class TestPrecision:
     @pytest.fixture
     def half(self, tmp_path: Path) -> CausalPolicy:
