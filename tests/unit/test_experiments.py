@@ -16,7 +16,7 @@ import instant_reward as ir
 from instant_reward import algorithms
 
 FOLDER = Path(__file__).parents[2] / "experiments"
-NOT_EXPERIMENTS = {"lab", "gru", "report", "real_model"}  # the last one needs a real model, and minutes
+NOT_EXPERIMENTS = {"lab", "gru", "report", "real_model", "real_runs"}  # the last one needs a real model, and minutes
 EXPERIMENTS = sorted({path.stem for path in FOLDER.glob("*.py")} - NOT_EXPERIMENTS)
 
 
