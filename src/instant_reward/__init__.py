@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from instant_reward.rewards.shaping import potential as potential
     from instant_reward.rewards.watch import Watch as Watch
     from instant_reward.rewards.watch import replay as replay
+    from instant_reward.rewards.workers import in_workers as in_workers
     from instant_reward.run import Run as Run
     from instant_reward.train import train as train
     from instant_reward.types import LossOutput as LossOutput
@@ -63,6 +64,7 @@ _PUBLIC = {
     "Watch": "rewards.watch:Watch",
     "change": "rewards.compose:change",
     "credit": "credit",
+    "in_workers": "rewards.workers:in_workers",
     "load_policy": "policies.causal:load_policy",
     "losses": "losses",
     "potential": "rewards.shaping:potential",

@@ -13,6 +13,7 @@ from instant_reward.rewards.base import Reward, as_reward
 from instant_reward.rewards.compose import change
 from instant_reward.rewards.names import import_path
 from instant_reward.rewards.shaping import potential
+from instant_reward.rewards.workers import in_workers
 from instant_reward.types import UserError
 
 
@@ -26,21 +27,24 @@ def build_rewards(configs: Sequence[RewardConfig]) -> list[Reward]:
 
 
 def _reward(config: RewardConfig) -> Reward:
-    found = resolve(import_path(config.use))
-    if inspect.isclass(found) or config.args:
-        try:
-            found = found(**config.args)
-        except TypeError as error:
-            raise UserError(f"rewards: {config.use} does not take args {config.args}: {error}; correct them") from error
+    path = import_path(config.use)
+    plain = not (config.change or config.potential)
+    # What goes to a worker as it is is loaded there alone.
+    found: Any = path if config.workers and plain else _found(path, config)
     every = resolve(config.every) if isinstance(config.every, str) and ":" in config.every else config.every
     if config.change:
         made = change(found, every=every or "word", name=config.label)
     elif config.potential:
         shaped_for = 1.0 if config.discount is None else config.discount
         made = potential(found, shaped_for, every=every or "word", name=config.label)
+    elif config.workers:
+        made = in_workers(path, config.workers, config.time_limit, config.on_error, args=config.args)
     else:
         made = as_reward(found)
-        made = made.but(every=every) if every is not None else made
+    if config.workers and not plain:
+        made = in_workers(made, config.workers, config.time_limit, config.on_error)
+    if plain and every is not None:
+        made = made.but(every=every)
     changes: dict[str, Any] = {"name": config.label, "train": config.train}
     changes |= {"scaled": config.scaled, "clip": config.clip}
     changes |= {"weight": config.weight} if isinstance(config.weight, float) else {"rule": config.weight}
@@ -49,6 +53,18 @@ def _reward(config: RewardConfig) -> Reward:
     if config.at != "seen":
         changes["at"] = config.at
     return made.but(**changes)
+
+
+def _found(path: str, config: RewardConfig) -> Any:
+    """What a config names, made with its arguments where it is a class or has some."""
+    found = resolve(path)
+    if not (inspect.isclass(found) or config.args):
+        return found
+    try:
+        return found(**config.args)
+    except TypeError as error:
+        named = ", ".join(config.args) or "none"  # their values may be secrets
+        raise UserError(f"rewards: {config.use} does not take these args ({named}): {error}; correct them") from error
 
 
 def load_prompt_rows(config: DataConfig) -> list[dict[str, Any]]:

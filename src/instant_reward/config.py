@@ -105,7 +105,9 @@ class RewardConfig(Section):
             the function's own when left out.
         at: where a mark is paid: "seen" (exact), or on its "span" (biased).
         change: pay the change of the score at each piece, from the empty text's on.
-        potential: pay it as a potential beside a final reward, shaped for this reward's ``discount`` (``ir.potential``).
+        potential: pay it as a potential beside a final reward, shaped for this reward's ``discount``.
+        workers: rate it in so many worker processes, with ``time_limit`` seconds a call; ``on_error`` "none" gives None
+            for a call that fails there, and warns, where "raise" ends the run (``rewards/workers.py``).
         train: False for a reward that is only watched.
     """
 
@@ -121,12 +123,17 @@ class RewardConfig(Section):
     change: bool = False
     potential: bool = False
     args: dict[str, Any] = {}
+    workers: Count | None = None
+    time_limit: Positive = 5.0
+    on_error: Literal["raise", "none"] = "raise"
     train: bool = True
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
         if self.change and self.potential:
             raise ValueError("a score is paid by its change or as a potential; leave out change or potential")
+        if self.workers is None and (self.time_limit != 5.0 or self.on_error != "raise"):
+            raise ValueError("time_limit and on_error are about worker processes; set workers, or leave them out")
         return self
 
     @property

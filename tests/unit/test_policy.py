@@ -431,7 +431,6 @@ class TestAdapters:
         with pytest.raises(UserError, match=r"model\.lora\.dropout must be 0"):
             load_policy(str(tiny_folder(tmp_path / "base")), lora={"rank": 2, "dropout": 0.1})
 
-
     @pytest.mark.parametrize("targets", ["lm_head", ["q_proj", "lm_head"]])
     def test_an_adapter_on_the_output_head_is_refused(self, tmp_path: Path, targets: Any) -> None:
         """Log-probabilities are computed from the head's own weight: the adapter would act on the samples alone."""

@@ -11,11 +11,13 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from instant_reward.config_weight import WeightRule
 from instant_reward.text import Pieces
 from instant_reward.types import Every, Prompt, Span, Stop, UserError, View
+
+if TYPE_CHECKING:
+    from instant_reward.config_weight import WeightRule
 
 Takes = Literal["view", "text", "columns", "state"]
 Scope = Literal["text", "group", "run"]

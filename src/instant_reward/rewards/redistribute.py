@@ -7,6 +7,7 @@ tokens (``at="span"``, by name) they may help, and bias the gradient: see docs/a
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -124,14 +125,15 @@ class LearnedShares:
 
     def extend(self, state: list[float], view: View) -> float:
         """The change of the prediction at this word; at the end, what is missing of the score."""
-        now = self.score(view.text) if view.done else self.predicted(view.text) - self.mean
+        now: float = self.score(view.text) if view.done else self.predicted(view.text) - self.mean
         paid, state[0] = state[0], now
         return now - paid
 
     def predicted(self, text: str) -> float:
         """What a text is expected to score that begins so."""
         found = features(text)
-        return self.mean + sum(self.weights.get(index, 0.0) for index in found) / max(1, len(found)) ** 0.5
+        known: float = sum(self.weights.get(index, 0.0) for index in found)
+        return self.mean + known / math.sqrt(max(1, len(found)))
 
     def observe(self, rollouts: Sequence[Rollout]) -> None:
         """Learns from a step's texts."""

@@ -238,6 +238,8 @@ class Watch:
     def _call(self, index: int, one: Reward, pieces: Sequence[_Piece]) -> None:
         try:
             values = one.rate([piece.view for piece in pieces], [piece.row.states[index] for piece in pieces])
+        except RewardError:  # it names the prompt that failed itself
+            raise
         except Exception as error:
             raise self._wrong(one, pieces[0].row.prompt, f"raised {type(error).__name__}: {error}") from error
         if not isinstance(values, list):
