@@ -295,6 +295,7 @@ class TestFluency:
         [
             ({"clip": 0}, "clip=0 must be a number above 0"),
             ({"mean": "yes"}, "mean='yes' must be true or false"),
+            ({"see_prompt": 1}, "see_prompt=1 must be true or false"),
             ({"dtype": "int8"}, "dtype='int8' is unknown"),
         ],
     )

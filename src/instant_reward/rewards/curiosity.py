@@ -73,8 +73,8 @@ class Novelty:
     likeliest one for ``model``, a frozen language model: what goes without saying earns nothing. ``mean`` pays each
     piece one number, the mean over its words. With a ``decay`` below 1 the reward shrinks by that factor at each step.
 
-    Cost: a look-up per word; 100 bytes of memory for each n-gram of the run; with ``surprising`` one pass of the model
-    over each token. What games it: rare characters and made-up words, more of them in longer texts (``mean`` with
+    Cost: a look-up per word; some 150 bytes of memory for each n-gram of the run; with ``surprising`` one pass of the
+    model over each token. What games it: rare characters and made-up words, more of them in longer texts (``mean`` with
     ``every: end`` has no such pull); a text that nobody wants is new as well. Keep its weight small and let it decay.
 
     Source: Strehl and Littman, "An Analysis of Model-Based Interval Estimation" (2008), for the square root; Bellemare
@@ -265,9 +265,9 @@ class RandomDistillation(TokenReward):
     5; the first step sets these scales and pays nothing. ``mean`` pays each piece one number, the mean over its tokens.
     With a ``decay`` below 1 the reward shrinks by that factor at each step.
 
-    Cost: one pass of the model over each token while it is written and one after the step. What games it: noise,
-    always new and hard to predict, and length (``mean`` with ``every: end`` has no such pull). Keep its weight small and
-    let it decay.
+    Cost: one pass of the model over each token while it is written and one after the step. What games it: noise, always
+    new and hard to predict, and length (``mean`` with ``every: end`` has no such pull). Keep its weight small and let
+    it decay.
 
     Source: Burda et al., "Exploration by Random Network Distillation" (2019), sections 2.2 and 2.4, with tokens for
     observations; the deviation is that of single errors, not of returns, and there is no second critic.

@@ -35,9 +35,9 @@ class Fluency(TokenReward):
     weights on one processor core. Values change by rounding with who is read together, in bfloat16 in the second digit.
 
     What games it: empty and short texts, since each token costs something (``mean`` with ``every: end`` has no such
-    pull); the commonest phrases, and saying one thing again and again, which any model finds ever more likely. Keep a final score and a
-    repetition penalty beside it. Source: the perplexity of language models; Holtzman et al., "The Curious Case of
-    Neural Text Degeneration" (2020), shows what becomes of text that is driven to the likeliest.
+    pull); the commonest phrases, and saying one thing again and again, which any model finds ever more likely. Keep a
+    final score and a repetition penalty beside it. Source: the perplexity of language models; Holtzman et al., "The
+    Curious Case of Neural Text Degeneration" (2020), shows what becomes of text that is driven to the likeliest.
     """
 
     name = "fluency"

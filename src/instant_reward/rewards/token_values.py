@@ -194,6 +194,8 @@ class TokenScorer:
     def __init__(
         self, frozen: Frozen, measure: Measure, *, logits: bool, before: bool, see_prompt: bool = True
     ) -> None:
+        if not isinstance(see_prompt, bool):
+            raise UserError(f"see_prompt={see_prompt!r} must be true or false")
         if not frozen.causal:
             raise UserError(
                 f"the model {frozen.name} reads in both directions, so that a token's value would change with what "
