@@ -93,6 +93,7 @@ def milliseconds(name: str, every: str, rounds: int = 3) -> float | None:
 
 
 def table(figures: dict[str, Any]) -> str:
+    measured = "machine" in figures
     lines = ["| `use` | what it measures | what games it | ms, finished | ms, at every word |", "|---|---|---|---|---|"]
     for name in sorted(NAMES):
         one, told = figures.get(name, {}), about(name)
@@ -100,7 +101,10 @@ def table(figures: dict[str, Any]) -> str:
         if name in GIVEN:
             cells = [f"needs {GIVEN[name]}", ""]
         row = [f"`{name}`", told["measures"], told["What games it"], *cells]
+        row = row if measured else row[:3]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+    if not measured:
+        return "\n".join(["| `use` | what it measures | what games it |", "|---|---|---|", *lines[2:], ""])
     note = f"Milliseconds for 64 texts of {len(WORDS)} words on one thread of {figures.get('machine', 'a machine')}."
     return "\n".join([*lines, "", note, ""])
 

@@ -482,7 +482,9 @@ UNGUARDED = SCRIPT + "\nmain(*sys.argv[1:])\n"
 class TestTheParent:
     def script(self, tmp_path: Path, text: str, *arguments: str) -> subprocess.Popen[str]:
         file = tmp_path / "script.py"
-        file.write_text(textwrap.dedent(text))
+        # Where the tests themselves run as a job in the background, what they start would ignore Ctrl-C.
+        heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        file.write_text(heard + textwrap.dedent(text))
         return subprocess.Popen(
             [sys.executable, str(file), *arguments, str(tmp_path / "pids")],
             stdout=subprocess.PIPE,
