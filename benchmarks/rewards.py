@@ -47,7 +47,8 @@ ARGS: dict[str, dict[str, Any]] = {
 GIVEN = {  # what each needs that this script does not have
     "classifier": "a model", "piece_classifier": "a model", "entailment": "a model", "log_ratio": "two models",
     "reward_model": "a model", "step_reward_model": "a model", "token_reward_model": "a model", "judge": "a server",
-    "program_tests": "a sandbox", "topic": "a corpus", "random_distillation": "a model",
+    "program_tests": "a sandbox",
+    "regex": "a pattern", "json_schema": "a schema", "topic": "a corpus", "random_distillation": "a model",
 }  # fmt: skip
 
 

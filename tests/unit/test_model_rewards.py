@@ -431,6 +431,10 @@ class TestTopic:
         sport = Topic(documents, ["足球"], topics=2, max_share=0.6)
         assert sport("他进球了，比赛结束") > 0.9
         assert sport("市场上的银行") < 0.1
+        balls = [["足球", "比赛", "队员", "裁判"], ["地球", "足下"] * 3, kinds[1]]
+        documents = ["，".join(chance.permutation(balls[number % 3])) + "。" for number in range(120)]
+        sport = Topic(documents, "足球", topics=3, max_share=0.7)  # either character alone weighs more elsewhere
+        assert sport("比赛的裁判") > 0.9
         assert terms("猫 Cats 坐") == ["猫", "cats", "坐"]
         assert terms("It didn't, I'd say 足球") == ["it", "did", "i", "say", "足", "球", "足球"]
 
