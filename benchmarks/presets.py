@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from instant_reward.policies.load import compute_dtype
 from instant_reward.presets import PRESETS
 
 HERE = Path(__file__).parent
@@ -62,10 +63,11 @@ def main() -> None:
         known[name] = run(name, options.folder, options.threads)
         print(name, known[name], flush=True)
     found = {name: known[name] for name in PRESETS if name in known}
+    dtype = str(compute_dtype("auto", "cpu")).removeprefix("torch.")  # what the recipe's "auto" is on this machine
     lines = [
         "# Two steps of every preset on the real model",
         "",
-        f"SmolLM2-135M, `recipes/sentiment.yaml` with `{' '.join(SIZE)}`, {options.threads} threads, float32.",
+        f"SmolLM2-135M, `recipes/sentiment.yaml` with `{' '.join(SIZE)}`, {options.threads} threads, {dtype}.",
         "Written by `python benchmarks/presets.py`.",
         "",
         "| overrides | loss of step 1, 2 | gradient norm | second step, s | all finite |",
