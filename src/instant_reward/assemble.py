@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from instant_reward.config import DataConfig, RewardConfig
 from instant_reward.imports import resolve
 from instant_reward.rewards.base import Reward, as_reward
 from instant_reward.rewards.compose import change
-from instant_reward.rewards.names import import_path
+from instant_reward.rewards.names import import_path, make
 from instant_reward.rewards.shaping import potential
 from instant_reward.rewards.workers import in_workers
 from instant_reward.types import UserError
@@ -27,10 +26,9 @@ def build_rewards(configs: Sequence[RewardConfig]) -> list[Reward]:
 
 
 def _reward(config: RewardConfig) -> Reward:
-    path = import_path(config.use)
     plain = not (config.change or config.potential)
     # What goes to a worker as it is is loaded there alone.
-    found: Any = path if config.workers and plain else _found(path, config)
+    found: Any = None if config.workers and plain else make(config.use, config.args, "rewards")
     every = resolve(config.every) if isinstance(config.every, str) and ":" in config.every else config.every
     if config.change:
         made = change(found, every=every or "word", name=config.label)
@@ -38,6 +36,7 @@ def _reward(config: RewardConfig) -> Reward:
         shaped_for = 1.0 if config.discount is None else config.discount
         made = potential(found, shaped_for, every=every or "word", name=config.label)
     elif config.workers:
+        path = import_path(config.use)
         made = in_workers(path, config.workers, config.time_limit, config.on_error, args=config.args)
     else:
         made = as_reward(found)
@@ -53,18 +52,6 @@ def _reward(config: RewardConfig) -> Reward:
     if config.at != "seen":
         changes["at"] = config.at
     return made.but(**changes)
-
-
-def _found(path: str, config: RewardConfig) -> Any:
-    """What a config names, made with its arguments where it is a class or has some."""
-    found = resolve(path)
-    if not (inspect.isclass(found) or config.args):
-        return found
-    try:
-        return found(**config.args)
-    except TypeError as error:
-        named = ", ".join(config.args) or "none"  # their values may be secrets
-        raise UserError(f"rewards: {config.use} does not take these args ({named}): {error}; correct them") from error
 
 
 def load_prompt_rows(config: DataConfig) -> list[dict[str, Any]]:

@@ -193,9 +193,7 @@ def texts_of(
     """
     if config.data.rollouts is not None:
         recorded = recorded_groups(config.data.rollouts)
-        ratios = bool(config.algorithm.importance) or algorithm.preset.loss in ("clipped", "cispo")
-        ratios = ratios or algorithm.preset.returns == "vtrace"
-        check_recorded(recorded, policy, config.model.max_context, ratios)
+        check_recorded(recorded, policy, config.model.max_context, _takes_ratios(config, algorithm.preset))
         _check_sizes(recorded, config, algorithm.preset)
         _check_teacher([group[0].prompt for group in recorded], config)
         return Given(recorded, rewards, config, algorithm.sources, algorithm.preset.skip_equal)
@@ -226,13 +224,19 @@ def _check_sizes(groups: Sequence[Group], config: Config, preset: Preset) -> Non
         )
 
 
+def _takes_ratios(config: Config, preset: Preset) -> bool:
+    """Whether the texts' log-probabilities are compared with the policy's, which makes up for another sampler."""
+    compares = preset.loss in ("clipped", "cispo") or preset.returns == "vtrace"
+    return compares or config.algorithm.importance is not None
+
+
 def check_source(config: Config, preset: Preset) -> None:
     """Refuses texts that an algorithm would take for the policy's own.
 
     Raises:
         UserError: names the option that makes up for it, or what a guided decoding needs.
     """
-    corrected = preset.loss in ("clipped", "cispo") or preset.returns == "vtrace" or config.algorithm.importance
+    corrected = _takes_ratios(config, preset)
     # Of next tokens, the one-step target holds whoever wrote the text.
     one_step = preset.loss == "all_actions" and config.algorithm.critic.lam == 0
     imitates = preset.weigh != "none" or preset.loss in ("ilql", "none") or one_step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -19,6 +20,21 @@ def status(text: str) -> Iterator[None]:
     else:
         say(text)
         yield
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Keeps transformers' progress bars for files that lie here already out of the run's own display."""
+    from transformers.utils import logging
+
+    bars: Any = logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def say(text: str) -> None:

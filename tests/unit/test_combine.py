@@ -139,3 +139,35 @@ def test_a_score_that_takes_no_text_is_refused() -> None:
         UniformShares(ir.reward(every="end", name="graded")(lambda view: 0.0))
     with pytest.raises(ir.UserError, match="ridge=0 and keep=512 must be above 0"):
         LearnedShares(size, ridge=0)
+
+
+def test_a_score_that_takes_many_texts_at_once_is_asked_so() -> None:
+    """Also where only the object itself says that it is batched, as from a config."""
+
+    class Many:
+        name, batched = "many", True
+
+        def __init__(self) -> None:
+            self.asked: list[int] = []
+
+        def __call__(self, texts: list[str]) -> list[float]:
+            self.asked.append(len(texts))
+            return [float(len(text)) for text in texts]
+
+    for make in (lambda one: ir.change(one, every="token"), lambda one: ir.potential(one, 1.0, every="token")):
+        many = Many()
+        texts = rollouts([make(many)])
+        assert max(many.asked) > 1
+        assert all(text.marks for text in texts)
+
+
+def test_what_a_share_or_a_member_cannot_be_made_of_is_said_in_words(tmp_path: Path) -> None:
+    with pytest.raises(ir.UserError, match="shares: vader does not take these args"):
+        UniformShares("vader", {"shade": 1})
+    with pytest.raises(ir.UserError, match="shares: the reward must be a short name"):
+        UniformShares("vadr")
+    with pytest.raises(ir.UserError, match="Ensemble: vader does not take these args"):
+        Ensemble([{"use": "vader", "args": {"shade": 1}}, "vader"])
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ir.UserError, match="cannot be loaded"):
+        AttentionShares(vowels, str(tmp_path))

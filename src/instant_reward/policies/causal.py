@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from instant_reward.batch import Batch
 from instant_reward.credit import Marks
 from instant_reward.data import to_prompts
+from instant_reward.notice import without_bars
 from instant_reward.policies import terms
 from instant_reward.policies.annotate import annotated, ask, beyond_the_end
 from instant_reward.policies.critic import Critic
@@ -29,7 +30,6 @@ from instant_reward.policies.load import (
     load_beside,
     load_model,
     with_lora,
-    without_bars,
 )
 from instant_reward.policies.optimizer import Group, Optimization, Stepper
 from instant_reward.policies.states import on_tokens, sampled_states, trunk

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 
 from instant_reward import models
+from instant_reward.notice import without_bars
 from instant_reward.policies.states import trunk
 from instant_reward.types import UserError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Keeps transformers' progress bars for files that lie here already out of the run's own display."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def load_model(name: str, compute: torch.dtype, place: str) -> tuple[Any, Any]:

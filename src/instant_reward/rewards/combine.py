@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from instant_reward.imports import resolve
 from instant_reward.rewards.base import Reward, as_rewards
-from instant_reward.rewards.names import import_path
+from instant_reward.rewards.names import make
 from instant_reward.types import Prompt, UserError, View
 
 How = Literal["sum", "mean", "minimum", "pessimistic"]
@@ -101,14 +99,4 @@ def _made(member: Any) -> Any:
     unknown = sorted(set(member) - {"use", "args"})
     if unknown or "use" not in member:
         raise UserError(f"Ensemble: a member is a name, or a mapping with use and args, not {dict(member)!r}")
-    try:
-        found = resolve(import_path(member["use"]))
-    except ValueError as error:
-        raise UserError(f"Ensemble: a member {error}") from None
-    args = dict(member.get("args") or {})
-    if not inspect.isclass(found) and not args:
-        return found
-    try:
-        return found(**args)
-    except TypeError as error:
-        raise UserError(f"Ensemble: {member['use']} does not take args {args}: {error}; correct them") from error
+    return make(member["use"], dict(member.get("args") or {}), "Ensemble")

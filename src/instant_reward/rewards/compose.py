@@ -70,6 +70,7 @@ def change(
     one = as_reward(score)
     if one.takes != "text":
         raise UserError(f"ir.change compares scores of texts, and '{one.name}' takes no text; give it f(text) -> float")
+    batched = batched or one.batched
     return Reward(
         function=Change(one.function, batched),
         name=name or one.name,

@@ -11,13 +11,13 @@ moves by halves, at places that do not depend on how the text was cut into piece
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from instant_reward import models
+from instant_reward.notice import without_bars
 from instant_reward.types import UserError
 
 if TYPE_CHECKING:
@@ -377,7 +377,7 @@ def load(name: str, dtype: str, device: str | None, kind: str = "CausalLM") -> F
         return found
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        with _quietly():
+        with without_bars():
             model, report = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(
                 folder, dtype=known[dtype], output_loading_info=True
             )
@@ -395,21 +395,6 @@ def load(name: str, dtype: str, device: str | None, kind: str = "CausalLM") -> F
     frozen = Frozen(model, tokenizer, name)
     _LOADED[key] = frozen
     return frozen
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' progress bars, which would cross the run's own display."""
-    from transformers.utils import logging
-
-    bars: Any = logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
 
 
 def load_tokenizer(name: str) -> Any:

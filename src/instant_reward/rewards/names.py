@@ -6,6 +6,12 @@ A plain table: nothing signs up, and any other reward is named by its import pat
 from __future__ import annotations
 
 import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from instant_reward.imports import resolve
+from instant_reward.types import UserError
 
 _HERE = "instant_reward.rewards."
 
@@ -76,3 +82,25 @@ def import_path(use: str) -> str:
     close = difflib.get_close_matches(use, NAMES, n=1)
     hint = f"did you mean {close[0]}?" if close else f"the short names are {', '.join(sorted(NAMES))}"
     raise ValueError(f"must be a short name, or be written module:name or folder/file.py:name, not {use!r}; {hint}")
+
+
+def make(use: str, args: Mapping[str, Any], where: str) -> Any:
+    """What a short name or an import path stands for; a class, and whatever has arguments, is called with them.
+
+    Args:
+        where: who asks, for the message.
+
+    Raises:
+        UserError: there is no such name, or it does not take these arguments.
+    """
+    try:
+        found = resolve(import_path(use))
+    except ValueError as error:
+        raise UserError(f"{where}: the reward {error}") from None
+    if not (inspect.isclass(found) or args):
+        return found
+    try:
+        return found(**args)
+    except TypeError as error:
+        named = ", ".join(args) or "none"  # their values may be secrets
+        raise UserError(f"{where}: {use} does not take these args ({named}): {error}; correct them") from error

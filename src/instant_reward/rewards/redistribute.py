@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from instant_reward import models
-from instant_reward.imports import resolve
+from instant_reward.notice import without_bars
 from instant_reward.rewards.base import as_reward
-from instant_reward.rewards.names import import_path
+from instant_reward.rewards.language_model import load_tokenizer
+from instant_reward.rewards.names import make
 from instant_reward.types import Prompt, Rollout, Span, UserError, View
 
 WIDTH = 4096  # features of a prefix; words that fall together share one
@@ -54,15 +55,19 @@ class AttentionShares:
 
     def __init__(self, score: Any, model: str = "smollm2-135m", args: dict[str, Any] | None = None) -> None:
         """``score`` as for ``UniformShares``; ``model`` is a causal model's short name, folder or hub id."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         self.score = score_of(score, args)
-        folder = models.locate(model)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        found: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-        self.model = found.eval().requires_grad_(False)
+        self.tokenizer = load_tokenizer(model)
         if not self.tokenizer.is_fast:
             raise UserError(f"AttentionShares: the tokenizer of {model} does not say where its tokens lie; use another")
+        try:
+            with without_bars():
+                found: Any = AutoModelForCausalLM.from_pretrained(models.locate(model), attn_implementation="eager")
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"AttentionShares: the model {model} cannot be loaded: {reason}; use another") from error
+        self.model = found.eval().requires_grad_(False)
 
     def __call__(self, view: View) -> float | list[Span]:
         import torch
@@ -174,12 +179,7 @@ def features(text: str) -> list[int]:
 def score_of(score: Any, args: dict[str, Any] | None) -> Callable[[str], float]:
     """``f(text) -> float`` of what a user names; UserError where it takes something else."""
     if isinstance(score, str):
-        try:
-            score = resolve(import_path(score))
-        except ValueError as error:
-            raise UserError(f"shares: the score {error}") from None
-    if isinstance(score, type):
-        score = score(**(args or {}))
+        score = make(score, args or {}, "shares")
     one = as_reward(score)
     if one.takes != "text":
         raise UserError(

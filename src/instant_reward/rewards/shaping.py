@@ -121,6 +121,7 @@ def potential(
         raise UserError(f"ir.potential asks phi about texts, and '{one.name}' takes no text; give it f(text) -> float")
     if isinstance(discount, bool) or not isinstance(discount, int | float) or not 0.0 < discount <= 1.0:
         raise UserError(f"ir.potential: discount={discount!r} is not above 0 and at most 1; give a number that is")
+    batched = batched or one.batched
     return Shaping(
         function=Potential(one.function, float(discount), batched),
         name=name or one.name,
