@@ -11,41 +11,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-RECIPE = HERE.parent / "recipes" / "sentiment.yaml"
+from runs import RESULTS, held_out, metrics, train, versions
+
 ARMS = {
     "change per word": [],
     "final score only": ["rewards.0.change=false", "rewards.0.every=end", "rewards.0.discount=1.0"],
 }
 
 
-def run(arm: str, seed: int, folder: Path, options: argparse.Namespace) -> Path:
-    """One run in a process of its own; a finished one is not run again."""
-    out = folder / f"{arm.replace(' ', '-')}-{seed}"
-    if not (out / "held_out" / "after.json").is_file():
-        overrides = [*ARMS[arm], f"seed={seed}", *options.override]
-        if options.threads:
-            overrides.append(f"train.threads={options.threads}")
-        command = [sys.executable, "-m", "instant_reward.cli", "train", str(RECIPE), *overrides, "--out", str(out)]
-        environment = {**os.environ, **({"OMP_NUM_THREADS": str(options.threads)} if options.threads else {})}
-        with (folder / f"{out.name}.log").open("w") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
-    print(f"{arm}, seed {seed}: done", flush=True)
-    return out
+def run(arm: str, seed: int, options: argparse.Namespace) -> Path:
+    """One run in a process of its own."""
+    out = options.folder / f"{arm.replace(' ', '-')}-{seed}"
+    return train("sentiment", out, [*ARMS[arm], f"seed={seed}", *options.override], options.threads)
 
 
 def figures(out: Path) -> dict[str, Any]:
     """What a run brought, and whether it reaches the goals set for it."""
-    before = json.loads((out / "held_out" / "before.json").read_text())["figures"]
-    after = json.loads((out / "held_out" / "after.json").read_text())["figures"]
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    (before, after), rows = held_out(out), metrics(out)
     start, end = before["score/sentiment"], after["score/sentiment"]
     return {
         "before": before,
@@ -74,10 +61,9 @@ def main() -> None:
     from instant_reward.evaluate.plot import curves
     from instant_reward.rewards.sentiment import ReviewSentiment
 
-    options.folder.mkdir(parents=True, exist_ok=True)
     wanted = [(arm, seed) for seed in range(options.seeds) for arm in ARMS]
     with ThreadPoolExecutor(options.jobs) as pool:
-        outs = list(pool.map(lambda pair: run(*pair, options.folder, options), wanted))
+        outs = list(pool.map(lambda pair: run(*pair, options), wanted))
     empty = ReviewSentiment()("")
     result: dict[str, dict[str, Any]] = {arm: {} for arm in ARMS}
     lines: dict[str, list[list[dict[str, object]]]] = {arm: [] for arm in ARMS}
@@ -85,20 +71,19 @@ def main() -> None:
         result[arm][str(seed)] = figures(out)
         # The changes add up to the final score less that of the empty text: with it, both arms are on one scale.
         base = empty if arm == "change per word" else 0.0
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        rows = metrics(out)
         lines[arm].append([{"step": row["step"], "final score": row["reward/sentiment"] + base} for row in rows])
-    versions = json.loads((outs[0] / "versions.json").read_text())
-    record = {"command": "python benchmarks/sentiment.py " + " ".join(sys.argv[1:]), "versions": versions, **result}
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "sentiment.json").write_text(json.dumps(record, indent=1) + "\n")
-    curves(lines, HERE / "results" / "sentiment.png", key="final score")
-    (HERE / "results" / "sentiment.md").write_text(table(result, record["command"], versions))
-    print(table(result, record["command"], versions))
+    made_with = versions(outs[0])
+    record = {"command": "python benchmarks/sentiment.py " + " ".join(sys.argv[1:]), "versions": made_with, **result}
+    (RESULTS / "sentiment.json").write_text(json.dumps(record, indent=1) + "\n")
+    curves(lines, RESULTS / "sentiment.png", key="final score")
+    (RESULTS / "sentiment.md").write_text(table(result, record["command"], made_with))
+    print(table(result, record["command"], made_with))
 
 
-def table(result: dict[str, dict[str, Any]], command: str, versions: dict[str, Any]) -> str:
+def table(result: dict[str, dict[str, Any]], command: str, made_with: dict[str, Any]) -> str:
     """The figures as Markdown: one line a run."""
-    what = f"{RECIPE.name}, held-out prompts, torch {versions.get('torch')}, {versions.get('platform')}"
+    what = f"sentiment.yaml, held-out prompts, torch {made_with.get('torch')}, {made_with.get('platform')}"
     columns = (
         "arm",
         "seed",

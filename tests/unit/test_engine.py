@@ -25,6 +25,7 @@ import instant_reward as ir
 from instant_reward.batch import collate
 from instant_reward.data import to_prompts
 from instant_reward.policies.causal import CausalPolicy
+from instant_reward.rewards.base import as_reward
 from instant_reward.sampling import engine as engine_module
 from instant_reward.sampling.draw import Settings
 from instant_reward.sampling.engine import Engine, in_order
@@ -386,6 +387,43 @@ class TestScoring:
         assert set(decoded) == {threading.get_ident()}
         assert len(scored_by) == 1
         assert scored_by != set(decoded)
+
+    @pytest.mark.parametrize("kind", ["never stops", "final", "change"])
+    def test_nothing_waits_for_a_reward_that_never_stops_a_text(
+        self, llama: CausalPolicy, monkeypatch: pytest.MonkeyPatch, kind: str
+    ) -> None:
+        """All tokens are decoded before its first score is known, whatever the lag."""
+        decoded, ahead = [], threading.Event()
+        plain = Engine.decode
+
+        def counted(engine: Engine, tokens: list[int], cache: Any) -> Tensor:
+            decoded.append(len(tokens))
+            if len(decoded) == 19:
+                ahead.set()
+            return plain(engine, tokens, cache)
+
+        def waits(text: str) -> float:
+            assert not text or ahead.wait(timeout=30), "decoding waited"
+            return float(len(text))
+
+        reward = {
+            "never stops": ir.reward(every="token", name="waits", stops=False)(lambda view: waits(view.text)),
+            "final": as_reward(waits),
+            "change": ir.change(waits, every="token"),
+        }[kind]
+        asked, settings = prompts(["a"]), {"min_new_tokens": 20, "stop_lag": 0}
+        reference = sample(llama, asked, 2, **settings)
+        decoded.clear()
+        ahead.clear()
+        monkeypatch.setattr(Engine, "decode", counted)
+        found = sample(llama, asked, 2, [reward], **settings)
+        assert [sampled(one) for one in found] == [sampled(one) for one in reference]
+        assert all(one.marks for one in found)
+
+    def test_a_stop_that_was_ruled_out_is_an_error(self, llama: CausalPolicy) -> None:
+        reward = ir.reward(every="token", name="hasty", stops=False)(lambda view: ir.stop(1.0))
+        with pytest.raises(RewardError, match=r"hasty.*stops=False; leave that out"):
+            sample(llama, rewards=[reward], min_new_tokens=20)
 
     def test_marks_are_the_same_however_slow_the_reward(self, policy: CausalPolicy) -> None:
         chance = random.Random(0)

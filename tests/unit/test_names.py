@@ -12,6 +12,7 @@ import instant_reward as ir
 from instant_reward.assemble import build_rewards
 from instant_reward.config import RewardConfig
 from instant_reward.imports import resolve
+from instant_reward.rewards.format_base import Form
 from instant_reward.rewards.names import NAMES, import_path
 from tiny import tiny_policy
 
@@ -68,3 +69,12 @@ def test_rules_score_a_file_by_name(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(lines) == 2
     assert '"grammar": -' in lines[0]
     assert main(["score", "--reward", "grammar", "--coloured", str(file)]) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_a_form_may_stop_a_text(name: str) -> None:
+    found = resolve(import_path(name))
+    form = issubclass(found, Form)
+    takes_a_text = name in ("review_sentiment", "vader")  # their change, or their value at the end, never stops one
+    whole = getattr(found, "every", None) == "end"  # a text that is over cannot be stopped
+    assert getattr(found, "stops", True) == (form or takes_a_text) or (whole and not form)

@@ -44,6 +44,7 @@ class Reward:
         scope: what it looks at: its own "text"; its "group" (the function takes the final views of all siblings and
             returns a value for each); or the "run" (it also reads what earlier steps wrote, as it was when the step
             began: after each step its ``observe(rollouts)`` is called, and checkpoints hold its ``state_dict()``).
+        stops: False where it never stops a text. What is decoded then never waits for it, however slow it is.
     """
 
     function: Any
@@ -60,6 +61,7 @@ class Reward:
     rule: WeightRule | None = None
     scaled: bool = False
     clip: float | None = None
+    stops: bool = True
 
     def __post_init__(self) -> None:
         if self.takes == "state" and inspect.isclass(self.function):
@@ -155,6 +157,7 @@ def reward(
     discount: float | None = None,
     segmenter: Callable[[str], Sequence[str]] | None = None,
     scope: Scope = "text",
+    stops: bool = True,
 ) -> Callable[[Any], Reward]:
     """Makes a reward of a function ``f(view)``, or of an object with ``start(prompt)`` and ``extend(state, view)``.
 
@@ -168,6 +171,8 @@ def reward(
         name: the source's name in marks and metrics; the function's name where it is not given.
         at: "seen" pays a mark where it became known (exact); "span" pays it on the piece's own tokens (biased).
         scope: "text", "group" (the function gets the final views of all siblings) or "run"; see ``Reward``.
+        stops: False promises that it never hands back ``ir.stop``: a slow reward (a judge, another machine) then rates
+            beside the decoding without ever holding it up. Of one that may, every token's verdict is waited for.
 
     Raises:
         UserError: where ``every`` or another argument is not one of these.
@@ -188,6 +193,7 @@ def reward(
             takes=takes,
             segmenter=segmenter,
             scope=scope,
+            stops=stops,
         )
 
     wrap.waits_for_a_function = True  # type: ignore[attr-defined]  # so that `as_reward` can tell what is missing
@@ -203,7 +209,7 @@ def as_reward(candidate: Any) -> Reward:
     """A ``Reward`` of whatever a user hands in; a plain function becomes a final score.
 
     An object may say by attributes what ``ir.reward`` takes as arguments: ``name``, ``every``, ``batched``, ``scope``,
-    ``segmenter``.
+    ``segmenter``, ``stops``.
 
     Raises:
         UserError: where it is no function, or one whose arguments fit no known form.
@@ -211,7 +217,9 @@ def as_reward(candidate: Any) -> Reward:
     if isinstance(candidate, Reward):
         return candidate
     own = {
-        key: getattr(candidate, key) for key in ("every", "batched", "scope", "segmenter") if hasattr(candidate, key)
+        key: getattr(candidate, key)
+        for key in ("every", "batched", "scope", "segmenter", "stops")
+        if hasattr(candidate, key)
     }
     if _keeps_state(candidate):
         return Reward(candidate, _name_of(candidate), takes="state", **own)

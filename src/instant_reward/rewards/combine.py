@@ -26,7 +26,7 @@ class Ensemble:
     Overoptimization" (2024), whose worst-case and uncertainty-weighted optimisation these are.
     """
 
-    name, batched = "ensemble", True
+    name, batched, stops = "ensemble", True, False
 
     def __init__(self, members: Sequence[Any], how: How = "mean", k: float = 1.0) -> None:
         """Takes the members together.

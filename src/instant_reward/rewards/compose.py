@@ -79,6 +79,7 @@ def change(
         weight=weight,
         discount=discount,
         takes="state",
+        stops=False,
     )
 
 

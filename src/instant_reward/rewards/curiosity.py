@@ -82,6 +82,7 @@ class Novelty:
     """
 
     name = "novelty"
+    stops = False
     every: Any = "word"
     batched = True
     scope = "run"

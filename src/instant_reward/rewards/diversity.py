@@ -25,6 +25,7 @@ class RunningScore(ABC):
     """
 
     name: str = "running_score"
+    stops = False
 
     def __init__(self, change: bool = False) -> None:
         if not isinstance(change, bool):

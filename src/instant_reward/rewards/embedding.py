@@ -219,6 +219,7 @@ class Similarity:
     """
 
     name = "similarity"
+    stops = False
     batched = True
 
     def __init__(

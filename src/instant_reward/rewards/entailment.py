@@ -43,6 +43,7 @@ class Entailment:
     """
 
     name = "entailment"
+    stops = False
     batched = True
 
     def __init__(

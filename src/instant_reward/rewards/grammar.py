@@ -38,6 +38,7 @@ class Grammar:
     """
 
     name = "grammar"
+    stops = False
     every = "sentence"
 
     def __init__(self, penalty: float = 1.0, ignore: Sequence[str] = STYLE, dialect: str = "american") -> None:

@@ -115,6 +115,7 @@ class Judge:
     """
 
     name = "judge"
+    stops = False
     batched = True
 
     def __init__(

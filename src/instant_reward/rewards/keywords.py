@@ -39,6 +39,7 @@ class _Keywords:
 
     name: str = "keywords"
     every = "word"
+    stops = False
 
     def __init__(self, words: str | Sequence[str] | None = None, column: str | None = None) -> None:
         self._who = type(self).__name__

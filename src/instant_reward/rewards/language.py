@@ -42,6 +42,7 @@ class Language:
     """
 
     name = "language"
+    stops = False
 
     def __init__(self, language: str = "en", among: Sequence[str] = AMONG, last: int | None = 1000) -> None:
         """Raises UserError where a language is unknown, another argument is none of those, or py3langid is missing."""
@@ -110,6 +111,7 @@ class FullSentence:
     """
 
     name = "full_sentence"
+    stops = False
 
     def __call__(self, text: str) -> float:
         """1 where the text ends with a full sentence, else 0."""

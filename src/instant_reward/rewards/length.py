@@ -41,6 +41,7 @@ class Length:
     """
 
     name = "length"
+    stops = False
 
     def __init__(
         self,

@@ -60,6 +60,7 @@ class ProgramTests:
     """
 
     name = "program_tests"
+    stops = False
     batched = True
 
     def __init__(

@@ -102,7 +102,7 @@ class LearnedShares:
     Arjona-Medina et al., "RUDDER: Return Decomposition for Delayed Rewards" (2019), a linear predictor for its LSTM.
     """
 
-    name, every, scope, sees_end = "learned_shares", "word", "run", True
+    name, every, scope, sees_end, stops = "learned_shares", "word", "run", True, False
 
     def __init__(self, score: Any, args: dict[str, Any] | None = None, ridge: float = 10.0, keep: int = 512) -> None:
         """Takes the score.

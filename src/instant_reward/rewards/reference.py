@@ -49,6 +49,7 @@ class Metric(ABC):
     """
 
     name: str = "metric"
+    stops = False
     compares: str = "words"
 
     def __init__(self, reference: str = "reference", change: bool = False) -> None:

@@ -39,6 +39,7 @@ class Repetition:
     """
 
     name = "repetition"
+    stops = False
     every = "word"
 
     def __init__(self, n: int = 3, penalty: float = 1.0, tokens: str = "auto", prompt: bool = False) -> None:
@@ -91,6 +92,7 @@ class SelfBleu:
     """
 
     name = "self_bleu"
+    stops = False
     scope = "group"
     batched = True
 

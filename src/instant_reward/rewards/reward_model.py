@@ -57,6 +57,7 @@ class RewardModel:
     """
 
     name = "reward_model"
+    stops = False
     every: Any = "end"
     batched = True
 
@@ -171,6 +172,7 @@ class StepRewardModel:
     """
 
     name = "step_reward_model"
+    stops = False
     every: Any = "sentence"
     batched = True
 

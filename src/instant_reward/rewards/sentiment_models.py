@@ -37,6 +37,7 @@ class TextBlob:
     """
 
     name = "textblob"
+    stops = False
 
     def __init__(self, part: str = "polarity") -> None:
         """Raises UserError where ``part`` is neither, or the package textblob is missing."""
@@ -81,6 +82,7 @@ class Labelled:
     """
 
     name = "classifier"
+    stops = False
     batched = True
 
     def __init__(

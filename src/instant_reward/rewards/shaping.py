@@ -130,4 +130,5 @@ def potential(
         weight=weight,
         discount=float(discount),
         takes="state",
+        stops=False,
     )

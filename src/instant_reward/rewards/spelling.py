@@ -48,6 +48,7 @@ class Spelling:
     """
 
     name = "spelling"
+    stops = False
     every = "word"
 
     def __init__(self, penalty: float = 1.0, words: Sequence[str] = (), capitalised: bool = False) -> None:

@@ -240,6 +240,7 @@ class TokenReward:
     every: Any = "word"
     batched = True
     name = "token_reward"
+    stops = False
 
     def __init__(self, scorers: Sequence[tuple[TokenScorer, float]], mean: bool) -> None:
         if not isinstance(mean, bool):

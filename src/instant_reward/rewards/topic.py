@@ -67,6 +67,7 @@ class Topic:
     """
 
     name = "topic"
+    stops = False
 
     def __init__(
         self,

@@ -61,6 +61,9 @@ class Watch:
         rewards: anything ``as_rewards`` takes.
         decoder: makes characters of token ids; None where the characters are handed over (replay).
         step: the training step, for error messages.
+
+    Attributes:
+        may_stop: whether one of the rewards may stop a text before its end.
     """
 
     def __init__(self, rewards: Sequence[Any], decoder: TextDecoder | None = None, step: int | None = None) -> None:
@@ -78,6 +81,8 @@ class Watch:
                 keys.append(key)
                 self._ways.append(Pieces(one.every, one.segmenter))
             self._way_of.append(keys.index(key))
+        ways = zip(self.rewards, self._way_of, strict=True)
+        self.may_stop = any(one.stops and not self._ways[way].whole for one, way in ways)
 
     def open(self, row: Any, prompt: Prompt) -> None:
         """Begins a text; ``row`` is the engine's own name for it."""
@@ -257,6 +262,8 @@ class Watch:
     def _place(self, index: int, one: Reward, piece: _Piece, value: Any) -> None:
         row = piece.row
         if isinstance(value, Stop):
+            if not one.stops:
+                raise self._wrong(one, row.prompt, "stopped the text, though it says stops=False; leave that out")
             row.stopped_by.add(index)
             value = value.value
         if value is None:

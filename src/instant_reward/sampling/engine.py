@@ -221,9 +221,18 @@ class _Stream:
             logits = self._admit(waiting, logits)
             if logits is not None:
                 self._take(logits)
-            # Only the stops of a token this many steps old are acted on: timing never changes a batch's shape.
-            while self.pending and (len(self.pending) > self.settings.stop_lag or not (self.active or waiting)):
+            while self.pending and self._due(bool(self.active or waiting)):
                 yield from self._settle(*self.pending.popleft())
+
+    def _due(self, goes_on: bool) -> bool:
+        """Whether the oldest step that is being scored is to be acted on now.
+
+        Only the stops of a token so many steps old are acted on: timing never changes a batch's shape. Where no reward
+        stops a text there is nothing to wait for; the order in which texts are yielded is the same either way.
+        """
+        if not self.watch.may_stop:
+            return self.pending[0][1].done() or not goes_on
+        return len(self.pending) > self.settings.stop_lag or not goes_on
 
     def _admit(self, waiting: deque[list[_Text]], logits: Tensor | None) -> Tensor | None:
         """Waiting texts take the free slots, several prompts prefilled together; siblings share one prefill."""

@@ -1,0 +1,58 @@
+"""Pairs to summarise, found on every Debian and Ubuntu machine: a package's long description and its one-line summary.
+
+    data: {use: "recipes/debian.py:descriptions", args: {split: train}}
+
+They are read from the list of installed packages where it lies, and never copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from instant_reward.types import UserError
+
+STATUS = Path("/var/lib/dpkg/status")
+PROMPT = "Summaries of software packages, each in a few words.\n\n{shots}Package: {text}\nSummary:"
+
+
+def descriptions(split: str = "train", limit: int | None = None, words: int = 60) -> list[dict[str, Any]]:
+    """Rows with ``prompt`` (two solved pairs, then a description), ``reference`` (its summary) and ``text``.
+
+    Args:
+        split: "train" or "held_out" (one package in five, by its own text); they share no description.
+        words: descriptions are cut after so many.
+    """
+    if split not in ("train", "held_out"):
+        raise UserError(f"descriptions: split is {split!r}: give train or held_out")
+    if not STATUS.is_file():
+        raise UserError(
+            f"descriptions: there is no {STATUS} here, so this is no Debian: give data.path with a file of pairs"
+        )
+    pairs = [
+        pair for pair in _pairs(STATUS.read_text(encoding="utf-8", errors="replace")) if len(pair[0].split()) >= 15
+    ]
+    shots = "".join(f"Package: {_cut(text, words)}\nSummary: {summary}\n\n" for text, summary in pairs[:2])
+    rows = [
+        {"prompt": PROMPT.format(shots=shots, text=_cut(text, words)), "reference": summary, "text": text}
+        for text, summary in pairs[2:]
+        if _held_out(text) == (split == "held_out")
+    ]
+    return rows[:limit]
+
+
+def _pairs(status: str) -> list[tuple[str, str]]:
+    """Each description and summary once, in an order that hangs on the texts alone."""
+    found = re.findall(r"^Description: (.+)\n((?: .*\n)+)", status, re.MULTILINE)
+    pairs = {" ".join(long.split(" .\n")[0].split()): summary for summary, long in found}
+    return sorted(pairs.items(), key=lambda pair: hashlib.sha256(pair[0].encode()).digest())
+
+
+def _cut(text: str, words: int) -> str:
+    return " ".join(text.split()[:words])
+
+
+def _held_out(text: str) -> bool:
+    return hashlib.sha256(text.encode()).digest()[-1] < 256 // 5
