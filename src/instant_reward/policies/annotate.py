@@ -10,7 +10,7 @@ from torch import Tensor
 from instant_reward.batch import Batch
 from instant_reward.policies import terms
 from instant_reward.policies.critic import Critic
-from instant_reward.policies.states import after_the_end, on_tokens
+from instant_reward.policies.states import States, after_the_end, on_tokens
 from instant_reward.types import PolicyOutput
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def ask(policy: CausalPolicy, output: PolicyOutput, head: terms.Head, batch: Bat
 
 
 def _ask_critic(policy: CausalPolicy, critic: Critic, output: PolicyOutput, head: terms.Head, batch: Batch) -> None:
-    states = critic.states(batch, head.hidden, policy.compute)
+    states = critic.states(batch, head.hidden, policy.states)
     if critic.value is not None:
         output.values = on_tokens(critic.values(states), batch.mask)
     if critic.need.tables:
@@ -64,7 +64,7 @@ def annotated(policy: CausalPolicy, part: Batch) -> dict[str, Tensor]:
     if baseline and head is not None and teacher is not None:
         found["teacher_baseline"] = on_tokens(-terms.divergence(head, teacher), part.mask)
     if policy.critic is not None:
-        found |= _values(policy.critic, head, part, policy.compute)
+        found |= _values(policy.critic, head, part, policy.states)
     return found
 
 
@@ -83,13 +83,13 @@ def beyond_the_end(policy: CausalPolicy, critic: Critic, batch: Batch, tokens_pe
     for rows in ends.shares(tokens_per_part):
         part = ends.select(rows)
         head = policy.head(policy.model, part) if _reads_policy(critic) else None
-        values = _values(critic, head, part, policy.compute)["values"]
+        values = _values(critic, head, part, policy.states)["values"]
         outputs[cut[rows]] = values.sum(-1).to(outputs)  # one token a row: the sum is its value
     return outputs
 
 
-def _values(critic: Critic, head: terms.Head | None, part: Batch, compute: torch.dtype) -> dict[str, Tensor]:
-    states = critic.states(part, None if head is None else head.hidden, compute)
+def _values(critic: Critic, head: terms.Head | None, part: Batch, reader: States) -> dict[str, Tensor]:
+    states = critic.states(part, None if head is None else head.hidden, reader)
     if critic.value is None:
         assert head is not None, "the mean of Q under the policy needs the policy"
         return {"values": on_tokens(terms.expected_value(head, critic.table(states))[:, None], part.mask)}

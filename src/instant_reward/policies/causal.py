@@ -32,7 +32,7 @@ from instant_reward.policies.load import (
     with_lora,
 )
 from instant_reward.policies.optimizer import Group, Optimization, Stepper
-from instant_reward.policies.states import on_tokens, sampled_states, trunk
+from instant_reward.policies.states import States, on_tokens, trunk
 from instant_reward.types import CriticNeed, Message, Needs, PolicyOutput, Rollout, UserError
 
 CRITIC, REFERENCE = "critic.safetensors", "reference.safetensors"
@@ -57,6 +57,7 @@ class CausalPolicy:
         self.adapter = adapter
         self.name = name
         self.needs = Needs()
+        self.states = States(compute)
         self.reference: Any = None
         self.reference_moved: dict[str, Tensor] = {}
         self.teacher: Any = None
@@ -212,6 +213,7 @@ class CausalPolicy:
         """Makes the optimizer and what an algorithm needs besides: reference, critic, teacher."""
         self.needs = needs or Needs()
         self.critic = self.teacher = self.reference = None
+        self.states = States(self.compute)  # which knows none of the models that are no more
         self.reference_moved = {}
         groups = [Group(list(self.model.parameters()), settings.learning_rate)]
         teacher = self.needs.teacher
@@ -375,17 +377,20 @@ class CausalPolicy:
             model: this policy's, or another one for the same tokens.
             read: the same texts as the model reads them, where that is not ``batch``.
         """
-        hidden = sampled_states(trunk(model), batch if read is None else read, self.compute)
+        hidden = self.states.of_sampled(trunk(model), batch if read is None else read)
         head = model.get_output_embeddings()
         softmax = Softmax(batch.temperature, self.end_ids if bool(batch.no_end.any()) else ())
         no_end = batch.no_end[batch.mask.bool()].to(hidden.device)
-        return terms.Head(hidden, head.weight, getattr(head, "bias", None), no_end, softmax)
+        shadow = self.states.products.shadow(head.weight)
+        return terms.Head(hidden, head.weight, getattr(head, "bias", None), no_end, softmax, shadow)
 
     @staticmethod
     def token_logprobs(head: terms.Head, batch: Batch) -> PolicyOutput:
         """Log-probabilities ``[B, L]`` of the sampled tokens with gradient, and entropies without."""
         targets = batch.token_ids[batch.mask.bool()].to(head.hidden.device)
-        logprobs, entropies = token_logprobs(head.hidden, head.weight, head.bias, targets, head.no_end, head.softmax)
+        logprobs, entropies = token_logprobs(
+            head.hidden, head.weight, head.bias, targets, head.no_end, head.softmax, head.shadow
+        )
         return PolicyOutput(on_tokens(logprobs, batch.mask), on_tokens(entropies, batch.mask))
 
 

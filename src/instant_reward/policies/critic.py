@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from instant_reward import credit
 from instant_reward.batch import Batch
-from instant_reward.policies.states import sampled_states
+from instant_reward.policies.states import States
 from instant_reward.types import CriticNeed
 
 
@@ -42,10 +42,10 @@ class Critic(nn.Module):
         self.begun: Tensor
         self.register_buffer("begun", torch.zeros((), dtype=torch.bool, device=device))
 
-    def states(self, batch: Batch, of_policy: Tensor | None, compute: torch.dtype) -> Tensor:
+    def states(self, batch: Batch, of_policy: Tensor | None, reader: States) -> Tensor:
         """The states it reads, ``[N, D]``: its own trunk's, or the policy's."""
         if self.base is not None:
-            states = sampled_states(self.base, batch, compute)
+            states = reader.of_sampled(self.base, batch)
         else:
             assert of_policy is not None, "a head on the policy's trunk needs the policy's states"
             alone = self.need.detach or batch.carried.step < self.need.warmup

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**25  # logits of one chunk: 128 MiB in float32
-KEPT_ELEMENTS = (
-    2**26
-)  # up to here (256 MiB) the backward pass finds the probabilities kept; beyond, it computes them anew
+CACHED_ELEMENTS = 2**22  # of these 16 MiB stay in a processor's cache, from one pass over them to the next
+KEPT_BYTES = 2**28  # up to here the backward pass finds the probabilities kept; beyond, it computes them anew
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,13 @@ class Softmax:
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, no_end: Tensor, softmax: Softmax
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    no_end: Tensor,
+    softmax: Softmax,
+    shadow: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The log-probability of each target, and the entropy of the distribution it was drawn from.
 
@@ -32,28 +37,41 @@ def token_logprobs(
         weight, bias: the output head, ``[V, D]`` and ``[V]``.
         targets: int64 ``[N]``.
         no_end: bool ``[N]``, where the end tokens are forbidden.
+        shadow: the weight in the dtype of ``hidden``, where there is a copy already.
 
     Returns:
         Log-probabilities ``[N]`` with gradient, and entropies ``[N]`` in nats without.
     """
     assert hidden.dim() == 2, f"hidden must be [N, D], not {tuple(hidden.shape)}"
     assert hidden.shape[0] == targets.shape[0], "hidden [N, D] and targets [N] must agree"
-    result: tuple[Tensor, Tensor] = _TokenLogprobs.apply(hidden, weight, bias, targets, no_end, softmax)  # type: ignore[no-untyped-call]
+    matrix = weight.detach().to(hidden.dtype) if shadow is None else shadow
+    result: tuple[Tensor, Tensor] = _TokenLogprobs.apply(hidden, weight, bias, targets, no_end, softmax, matrix)  # type: ignore[no-untyped-call]
     return result
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """The gradient by hand. Of many tokens it keeps the log-normalisers only and computes the logits once more."""
+    """The gradient by hand. Of many tokens it keeps the log-normalisers only and computes the logits once more.
+
+    Its passes over the vocabulary go through slices that stay in the processor's cache; its products through chunks.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, no_end: Tensor, softmax: Softmax
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        no_end: Tensor,
+        softmax: Softmax,
+        matrix: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        count, width = hidden.shape[0], weight.shape[0]
+        keep = ctx.needs_input_grad[0] and count * width * hidden.element_size() <= KEPT_BYTES
+        ctx.kept = hidden.new_empty(count, width) if keep else None
         logprobs, entropies, normalisers = [], [], []
-        keep = ctx.needs_input_grad[0] and hidden.shape[0] * weight.shape[0] <= KEPT_ELEMENTS
-        ctx.kept = []
-        for rows in chunks(hidden.shape[0], weight.shape[0]):
-            logits = logits_of(hidden[rows], weight, bias, no_end[rows], softmax)
+        for rows in chunks(count, width, CACHED_ELEMENTS if hidden.device.type == "cpu" else CHUNK_ELEMENTS):
+            logits = logits_of(hidden[rows], matrix, bias, no_end[rows], softmax)
             highest = logits.amax(-1, keepdim=True)
             exponentials = (logits - highest).exp_()
             total = exponentials.sum(-1)
@@ -64,10 +82,11 @@ class _TokenLogprobs(torch.autograd.Function):
                 logits.masked_fill_(logits == -torch.inf, 0.0)
             entropies.append(normaliser - torch.linalg.vecdot(exponentials, logits) / total)
             normalisers.append(normaliser)
-            if keep:
-                ctx.kept.append(exponentials.div_(total[:, None]))
+            if ctx.kept is not None:
+                torch.div(exponentials, total[:, None], out=exponentials)
+                ctx.kept[rows] = exponentials
         empty = hidden.new_zeros(0, dtype=_wide(hidden.dtype))
-        ctx.save_for_backward(hidden, weight, bias, targets, no_end, torch.cat([*normalisers, empty]))
+        ctx.save_for_backward(hidden, weight, bias, targets, no_end, torch.cat([*normalisers, empty]), matrix)
         ctx.softmax = softmax
         entropy = torch.cat([*entropies, empty])
         ctx.mark_non_differentiable(entropy)
@@ -75,31 +94,34 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, no_end, normaliser = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        hidden, weight, bias, targets, no_end, normaliser, matrix = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        for number, rows in enumerate(chunks(hidden.shape[0], weight.shape[0])):
-            if ctx.kept:
-                probabilities = ctx.kept[number]
+        for rows in chunks(hidden.shape[0], weight.shape[0]):
+            if ctx.kept is not None:
+                probabilities = ctx.kept[rows]
             else:
-                logits = logits_of(hidden[rows], weight, bias, no_end[rows], ctx.softmax)
+                logits = logits_of(hidden[rows], matrix, bias, no_end[rows], ctx.softmax)
                 probabilities = logits.sub_(normaliser[rows, None]).exp_()
             # d logp / d logits = one-hot(target) - softmax
-            upstream = gradient[rows, None] / ctx.softmax.temperature
+            upstream = (gradient[rows, None] / ctx.softmax.temperature).to(probabilities.dtype)
             slope = probabilities * -upstream
             slope = slope.scatter_add_(1, targets[rows, None], upstream).to(hidden.dtype)
-            grad_hidden[rows] = (slope @ weight.to(slope.dtype)).to(hidden.dtype)
-            if grad_weight is not None:
-                grad_weight += slope.T @ hidden[rows].to(slope.dtype)
+            grad_hidden[rows] = slope @ matrix
+            if ctx.needs_input_grad[1]:
+                some = (slope.T @ hidden[rows]).to(weight.dtype)
+                grad_weight = some if grad_weight is None else grad_weight.add_(some)
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        if grad_weight is None and ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
-def chunks(rows: int, width: int) -> list[slice]:
-    """Slices of so many rows that the logits of one, ``width`` wide, fit into a chunk."""
-    size = max(1, CHUNK_ELEMENTS // width)
+def chunks(rows: int, width: int, elements: int = CHUNK_ELEMENTS) -> list[slice]:
+    """Slices of so many rows that the logits of one, ``width`` wide, are at most so many."""
+    size = max(1, elements // width)
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 

@@ -35,9 +35,9 @@ class Layout:
 
 def lay_out(batch: Batch) -> Layout:
     """The cheaper of the two layouts for these rows."""
-    groups = _sibling_rows(batch)
+    groups = sibling_rows(batch)
     plain_tokens = len(batch) * batch.token_ids.shape[1]
-    widths = [int(batch.prompt_length[rows[0]]) + sum(_sampled_span(batch, row) for row in rows) for rows in groups]
+    widths = [int(batch.prompt_length[rows[0]]) + sum(sampled_span(batch, row) for row in rows) for rows in groups]
     shared_tokens = len(groups) * max(widths)
     if max(widths) <= SHARED_LIMIT and shared_tokens < 0.95 * plain_tokens and len(groups) < len(batch):
         return _shared(batch, groups, max(widths))
@@ -64,7 +64,7 @@ def _shared(batch: Batch, groups: list[list[int]], width: int) -> Layout:
         segment[number, :prompt] = 0
         start = prompt
         for order, row in enumerate(rows, start=1):
-            span = _sampled_span(batch, row)
+            span = sampled_span(batch, row)
             input_ids[number, start : start + span] = batch.token_ids[row, prompt : prompt + span]
             positions[number, start : start + span] = torch.arange(prompt, prompt + span)
             segment[number, start : start + span] = order
@@ -81,12 +81,12 @@ def _shared(batch: Batch, groups: list[list[int]], width: int) -> Layout:
     return Layout(input_ids, positions, look[:, None], numbers[texts], columns)
 
 
-def _sampled_span(batch: Batch, row: int) -> int:
+def sampled_span(batch: Batch, row: int) -> int:
     """Tokens behind the prompt, less the last, which predicts nothing."""
     return max(0, int(batch.length[row]) - int(batch.prompt_length[row]) - 1)
 
 
-def _sibling_rows(batch: Batch) -> list[list[int]]:
+def sibling_rows(batch: Batch) -> list[list[int]]:
     """Rows of one group that begin with the same prompt tokens."""
     found: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for row in range(len(batch)):

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from instant_reward.batch import Batch
 from instant_reward.policies.layout import lay_out
+from instant_reward.policies.packed import pack
+from instant_reward.policies.trunk import Trained, Trunk, trunk_of
 
 
 def trunk(model: Any) -> Any:
@@ -17,13 +19,34 @@ def trunk(model: Any) -> Any:
     return getattr(model, model.base_model_prefix)
 
 
-def sampled_states(base: Any, batch: Batch, compute: torch.dtype) -> Tensor:
-    """The state that predicts each sampled token, ``[N, D]``, in the order of ``mask.nonzero()``.
+class States:
+    """Reads batches with the trunks of models: by this library's own functions where these say the same (``trunk_of``),
+    else by the models' forward pass.
 
     Args:
-        base: a trunk.
-        compute: the dtype of the matrix products that the states go into.
+        compute: the dtype of the matrix products.
     """
+
+    def __init__(self, compute: torch.dtype) -> None:
+        self.compute = compute
+        self.products = Trained(compute)
+        self._trunks: dict[int, tuple[Any, Trunk | None]] = {}
+
+    def of_sampled(self, base: Any, batch: Batch) -> Tensor:
+        """The state that predicts each sampled token, ``[N, D]``, in the order of ``mask.nonzero()``."""
+        known = self._trunks.get(id(base))
+        if known is None:  # the model is kept beside its trunk, so that its id stays its own
+            known = self._trunks[id(base)] = (base, trunk_of(base, self.products))
+        if known[1] is None:
+            return _by_forward_pass(base, batch, self.compute)
+        device = next(base.parameters()).device
+        packed = pack(batch)
+        rows = [one.to(device) for one in packed.rows]
+        states = known[1].causal(packed.ids.to(device), packed.positions.to(device), rows)
+        return states[packed.states.to(device)]
+
+
+def _by_forward_pass(base: Any, batch: Batch, compute: torch.dtype) -> Tensor:
     device = next(base.parameters()).device
     layout = lay_out(batch)
     attention = None if layout.attention_mask is None else layout.attention_mask.to(device)

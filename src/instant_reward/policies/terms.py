@@ -19,6 +19,7 @@ class Head:
     Attributes:
         hidden: ``[N, D]``; weight, bias: ``[V, D]`` and ``[V]``.
         no_end: bool ``[N]``, where the end tokens are forbidden.
+        shadow: the weight in the states' dtype, without gradient, where there is a copy; None otherwise.
     """
 
     hidden: Tensor
@@ -26,6 +27,7 @@ class Head:
     bias: Tensor | None
     no_end: Tensor
     softmax: Softmax
+    shadow: Tensor | None = None
 
     def logprobs(self, rows: slice) -> Tensor:
         """``[n, V]``; of a forbidden token the least that the dtype holds, so that times probability 0 it is 0."""

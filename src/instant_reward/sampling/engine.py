@@ -6,7 +6,6 @@ A worker thread scores the tokens of one step while the next steps are decoded.
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from instant_reward.rewards.base import as_rewards
 from instant_reward.rewards.scope import held_back, of_groups
 from instant_reward.rewards.watch import Watch
+from instant_reward.sampling.decoder import decoder_of
 from instant_reward.sampling.draw import Settings, draw, uniforms
-from instant_reward.sampling.slots import SlotCache
+from instant_reward.sampling.slots import Filled, SlotCache
 from instant_reward.text import TextDecoder, TextStream
 from instant_reward.types import Mark, Prompt, Rollout, StopReason, UserError
 
@@ -70,7 +69,7 @@ class Engine:
     """Samples from a policy.
 
     Args:
-        policy: whose model is decoded. With bfloat16 compute the engine keeps a bfloat16 copy of it (``load``).
+        policy: whose model is decoded, with weights as they were at the last ``load``.
         settings: how texts are drawn.
         version: the policy version that is written into the rollouts.
     """
@@ -81,9 +80,9 @@ class Engine:
         self.end_ids = policy.end_ids
         self.device = policy.device
         self.count = Count()
-        self._copies = policy.compute == torch.bfloat16
-        self._decoder = TextDecoder(policy.tokenizer)
-        self._model: Any = _bfloat16_copy(policy.model) if self._copies else policy.model
+        self.decoder = decoder_of(policy.model, policy.compute)
+        self._text_decoder = TextDecoder(policy.tokenizer)
+        self._layers = int(policy.model.config.num_hidden_layers)
         self._pad = policy.pad_id
         self._critic = policy.critic
         if settings.guide and (
@@ -93,15 +92,12 @@ class Engine:
                 "sampling.guide: it takes a critic of next tokens on the policy's own trunk; train with "
                 "algorithm.name=ilql and algorithm.critic.model=head, or leave it out"
             )
-        self.load(policy, version)
+        self.version = version
 
     def load(self, policy: CausalPolicy, version: int) -> None:
         """Takes over the policy's weights as they are now."""
         self.version = version
-        if self._copies:
-            with torch.no_grad():
-                for mine, theirs in zip(self._model.parameters(), policy.model.parameters(), strict=True):
-                    mine.copy_(theirs)
+        self.decoder.load(policy.model)
 
     def stream(
         self, prompts: Sequence[Prompt], per_prompt: int, rewards: Sequence[Any] = (), seed: int = 0, step: int = 0
@@ -117,7 +113,7 @@ class Engine:
         if per_prompt < 1:
             raise UserError(f"per_prompt={per_prompt} must be at least 1")
         named = as_rewards(rewards)
-        watch = Watch([one for one in named if one.scope != "group"], self._decoder, step)
+        watch = Watch([one for one in named if one.scope != "group"], self._text_decoder, step)
         # Scoring runs on one thread of its own, so that marks come in order and rewards need no locks.
         worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rewards")
         try:
@@ -143,57 +139,36 @@ class Engine:
                         group=group,
                         sibling=sibling,
                         uniforms=uniforms(seed, step, (key, sibling), self.settings.max_new_tokens),
-                        stream=self._decoder.stream() if self.settings.stop else None,
+                        stream=self._text_decoder.stream() if self.settings.stop else None,
                     )
                     for sibling in range(per_prompt)
                 ]
             )
         return groups
 
-    @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Prompt]) -> tuple[DynamicCache, Tensor]:
-        """Reads prompts, right-padded; returns their keys and values and the logits ``[P, V]`` of what follows."""
-        longest = max(len(prompt.token_ids) for prompt in prompts)
-        ids = torch.full((len(prompts), longest), self._pad)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt.token_ids)] = torch.tensor(prompt.token_ids)
-        # Plain causal attention: what is right of a prompt's last token cannot reach it.
-        base = getattr(self._model, self._model.base_model_prefix)
-        out = base(input_ids=ids.to(self.device), use_cache=True)
-        last = torch.tensor([len(prompt.token_ids) - 1 for prompt in prompts])
-        states = out.last_hidden_state[torch.arange(len(prompts)), last.to(self.device)]
-        return out.past_key_values, self._logits(states)
+    def prefill(self, prompts: Sequence[Prompt]) -> tuple[Filled, Tensor]:
+        """Reads prompts; returns the keys and values of each, and the logits ``[P, V]`` of what follows."""
+        filled, states = self.decoder.prefill([prompt.token_ids for prompt in prompts], self._pad)
+        return filled, self._logits(states)
 
-    @torch.inference_mode()
     def decode(self, tokens: list[int], cache: SlotCache) -> Tensor:
         """One token a row; returns the logits ``[R, V]`` of what follows."""
-        positions, look = cache.advance(self.device)
-        ids = torch.tensor(tokens, device=self.device)[:, None]
-        base = getattr(self._model, self._model.base_model_prefix)
-        out = base(input_ids=ids, position_ids=positions, attention_mask=look, past_key_values=cache, use_cache=True)
-        return self._logits(out.last_hidden_state[:, -1])
+        return self._logits(self.decoder.decode(torch.tensor(tokens), cache))
 
     def new_cache(self, groups: Sequence[Sequence[_Text]]) -> SlotCache:
         """Room for the longest prompt with a full text behind it, in every slot."""
         longest = max(len(texts[0].prompt.token_ids) for texts in groups)
         slots = min(self.settings.rows, sum(len(texts) for texts in groups))
-        return SlotCache(slots, longest + self.settings.max_new_tokens, self._model.config.num_hidden_layers)
+        return SlotCache(slots, longest + self.settings.max_new_tokens, self._layers)
 
+    @torch.inference_mode()
     def _logits(self, states: Tensor) -> Tensor:
         """``[R, V]``, guided by the critic where the settings ask for it."""
-        logits: Tensor = self._model.get_output_embeddings()(states)
+        logits = self.decoder.head(states)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.settings.guide and self._critic is not None:
             logits = logits + self.settings.guide * self._critic.least(states).to(logits.dtype)
         return logits
-
-
-def _bfloat16_copy(model: Any) -> Any:
-    """Buffers stay as they are: in bfloat16 the frequencies of rotary positions would be other ones."""
-    twin = copy.deepcopy(model).requires_grad_(False)
-    for parameter in twin.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
-    return twin
 
 
 def in_order(rollouts: Iterable[Rollout]) -> list[Rollout]:
@@ -210,7 +185,9 @@ class _Stream:
         self.active: list[_Text] = []
         self.fresh: list[_Text] = []
         self.pending: deque[tuple[list[tuple[_Text, bool]], Future[Scored]]] = deque()
-        self.split: tuple[DynamicCache, int, Tensor] | None = None  # the read prompt of a group that did not fit whole
+        self.split: tuple[list[tuple[Tensor, Tensor]], Tensor] | None = (
+            None  # the read prompt of a group that did not fit whole
+        )
 
     def run(self, waiting: deque[list[_Text]]) -> Iterator[Rollout]:
         if not waiting:
@@ -254,11 +231,11 @@ class _Stream:
         read = [] if self.split is None else [self.split]
         unread = [texts[0].prompt for texts in chosen[len(read) :]]
         if unread:
-            filled, first = self.engine.prefill(unread)
-            read += [(filled, row, first[row]) for row in range(len(unread))]
+            prompts, first = self.engine.prefill(unread)
+            read += list(zip(prompts, first, strict=True))
         parts = [] if logits is None else [logits]
-        for texts, (prompts, row, following) in zip(chosen, read, strict=True):
-            self.cache.add(prompts, row, len(texts[0].prompt.token_ids), len(texts))
+        for texts, (filled, following) in zip(chosen, read, strict=True):
+            self.cache.add(filled, len(texts))
             self.active += texts
             self.fresh += texts
             parts.append(following.expand(len(texts), -1))

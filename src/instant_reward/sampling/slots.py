@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
+
+# Of each prompt, by layer: its keys and values, [length, heads, size].
+Filled = list[list[tuple[Tensor, Tensor]]]
 
 
 class SlotCache(Cache):
@@ -27,18 +30,17 @@ class SlotCache(Cache):
         self._at = torch.zeros(0, dtype=torch.long)
         self._visible = 0
 
-    def add(self, prompts: DynamicCache, row: int, length: int, copies: int) -> None:
+    def add(self, prompt: list[tuple[Tensor, Tensor]], copies: int) -> None:
         """Copies the keys and values of one prefilled prompt into the next ``copies`` slots."""
         first, last = self.count, self.count + copies
-        layers: list[Any] = prompts.layers
-        for layer, filled in enumerate(layers):
-            for store, source in ((self.keys, filled.keys), (self.values, filled.values)):
+        length = len(prompt[0][0])
+        for layer, filled in enumerate(prompt):
+            for store, source in zip((self.keys, self.values), filled, strict=True):
                 if store[layer] is None:
-                    shape = (self.slots, source.shape[1], self.width, source.shape[3])
-                    store[layer] = source.new_zeros(shape)
+                    store[layer] = source.new_zeros(self.slots, source.shape[1], self.width, source.shape[2])
                 target = store[layer]
                 assert target is not None
-                target[first:last, :, :length] = source[row, :, :length]
+                target[first:last, :, :length] = source.transpose(0, 1)
         self.lengths[first:last] = length
         self.count = last
 
@@ -70,12 +72,16 @@ class SlotCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Writes one token a row and hands back what the rows may look at; the model calls it in every layer."""
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        """``write`` as a transformers model calls it in every layer, with ``[R, heads, 1, size]``."""
+        return self.write(layer_idx, key_states[:, :, 0], value_states[:, :, 0])
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes one token a row, ``[R, heads, size]``; hands back what rows may look at, ``[R, heads, W, size]``."""
+        keys, values = self.keys[layer], self.values[layer]
         assert keys is not None, "prefill a prompt before decoding"
         assert values is not None, "prefill a prompt before decoding"
-        keys[self._rows, :, self._at] = key_states[:, :, 0]
-        values[self._rows, :, self._at] = value_states[:, :, 0]
+        keys[self._rows, :, self._at] = key
+        values[self._rows, :, self._at] = value.to(values.dtype)
         return keys[: self.count, :, : self._visible], values[: self.count, :, : self._visible]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

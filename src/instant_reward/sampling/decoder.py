@@ -1,0 +1,252 @@
+"""What the engine decodes with: a model's weights as they were at the last ``load``, and the passes over them.
+
+``TrunkDecoder`` runs the library's own functions of packed tokens, with joined and packed weight matrices; models that
+``trunk_of`` does not know go through their own forward pass (``ModelDecoder``).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import DynamicCache
+
+from instant_reward.policies.kernels import Attention, rotate
+from instant_reward.policies.packed import rows_of
+from instant_reward.policies.trunk import Product, Trunk, trunk_of
+from instant_reward.sampling.slots import Filled, SlotCache
+
+PACKED_ROWS = 32  # the matrices are packed for products with about so many rows
+
+
+class Decoder(Protocol):
+    """Reads prompts and goes on with texts, token by token."""
+
+    def load(self, model: Any) -> None:
+        """Takes over a model's weights as they are now."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]], pad: int) -> tuple[Filled, Tensor]:
+        """Reads the prompts' token ids; returns their keys and values, and the states ``[P, D]`` of their ends."""
+
+    def decode(self, tokens: Tensor, cache: SlotCache) -> Tensor:
+        """One token a row, ``[R]``; returns the states ``[R, D]`` behind them."""
+
+    def head(self, states: Tensor) -> Tensor:
+        """The logits ``[R, V]`` of states."""
+
+
+class TrunkDecoder:
+    """The library's own functions over copies of the weights, linear layers that read the same input joined.
+
+    Args:
+        model: a transformers model that ``trunk_of`` knows.
+        dtype: of the matrix products.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        base = getattr(model, model.base_model_prefix)
+        linear = [one.weight for one in base.modules() if type(one).__name__ in ("Linear", "Conv1D")]
+        # The twin has norms, embeddings and biases of its own; its linear weights are the model's, to be packed.
+        self.twin = copy.deepcopy(base, {id(weight): weight for weight in linear}).requires_grad_(False)
+        self.products = _Packed(dtype)
+        trunk = trunk_of(self.twin, self.products)
+        assert trunk is not None, "trunk_of does not know this model"
+        self.trunk: Trunk = trunk
+        self._head = _Joined([model.get_output_embeddings()], dtype)
+        self.load(model)
+
+    @classmethod
+    def fits(cls, model: Any, dtype: torch.dtype) -> bool:
+        """Whether it can decode with this model."""
+        return trunk_of(getattr(model, model.base_model_prefix), _Packed(dtype)) is not None
+
+    @torch.no_grad()
+    def load(self, model: Any) -> None:
+        """See ``Decoder``."""
+        base = getattr(model, model.base_model_prefix)
+        for mine, theirs in zip(self.twin.parameters(), base.parameters(), strict=True):
+            if mine is not theirs:
+                mine.copy_(theirs)
+        for one in [*self.products.made, self._head]:
+            one.load()
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], pad: int) -> tuple[Filled, Tensor]:
+        """See ``Decoder``."""
+        device = self._device()
+        ends = list(itertools.accumulate(len(prompt) for prompt in prompts))
+        spans = [range(end - len(prompt), end) for prompt, end in zip(prompts, ends, strict=True)]
+        rows = [one.to(device) for one in rows_of([(span, range(0)) for span in spans])]
+        ids = torch.tensor(list(itertools.chain(*prompts)), device=device)
+        positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(device)
+        kept: list[tuple[Tensor, Tensor]] = []
+
+        def attend(_: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+            kept.append((rotate(k, cos, sin, self._kept(k)), v.to(self._kept(v))))
+            heard: Tensor = Attention.apply(q, k, v, cos, sin, rows, q.shape[-1] ** -0.5)  # type: ignore[no-untyped-call]
+            return heard
+
+        states = self.trunk(ids, positions, attend)
+        filled = [
+            [(keys[span.start : span.stop], values[span.start : span.stop]) for keys, values in kept] for span in spans
+        ]
+        return filled, states[torch.tensor(ends, device=device) - 1]
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, cache: SlotCache) -> Tensor:
+        """See ``Decoder``."""
+        device = self._device()
+        positions, look = cache.advance(device)
+        hidden = torch.zeros(look.shape, device=device).masked_fill_(~look, -torch.inf)
+
+        def attend(number: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+            kept = self._kept(q)
+            keys, values = cache.write(number, rotate(k, cos, sin, kept), v)
+            groups, size = k.shape[1:]
+            queries = rotate(q, cos, sin, kept).mul_(size**-0.5).view(len(q), groups, -1, size)
+            scores = (queries @ keys.transpose(-1, -2)).add_(hidden)
+            return (scores.softmax(-1) @ values).view(q.shape).to(q.dtype)
+
+        return self.trunk(tokens.to(device), positions.squeeze(1), attend)
+
+    def head(self, states: Tensor) -> Tensor:
+        """See ``Decoder``."""
+        return self._head(states)[0]
+
+    def _device(self) -> torch.device:
+        return next(self.twin.parameters()).device  # type: ignore[no-any-return]
+
+    def _kept(self, x: Tensor) -> torch.dtype:
+        """The dtype of keys and values. On a processor float32: its small products are no faster in bfloat16."""
+        return self.trunk.wide if x.device.type == "cpu" else x.dtype
+
+
+class _Packed:
+    """Products by matrices of their own, without gradient; what is made is loaded together."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.made: list[_Joined] = []
+
+    def of(self, layers: Sequence[Any]) -> Product:
+        """See ``trunk.Products``."""
+        self.made.append(_Joined(layers, self.dtype))
+        return self.made[-1]
+
+
+class _Joined:
+    """Linear layers that read the same input, as one product; on a processor in the order that it reads fastest."""
+
+    def __init__(self, layers: Sequence[Any], dtype: torch.dtype) -> None:
+        self.layers, self.dtype = list(layers), dtype
+        weights = [self._matrix(layer) for layer in self.layers]
+        self.sizes = [len(weight) for weight in weights]
+        self.packs = (
+            weights[0].device.type == "cpu"
+            and dtype in (torch.float32, torch.bfloat16)
+            and torch._C._has_mkldnn
+            and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        )
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def load(self) -> None:
+        """Takes over the layers' weights."""
+        weights = [self._matrix(layer).detach().to(self.dtype) for layer in self.layers]
+        joined = (weights[0] if len(weights) == 1 else torch.cat(weights)).contiguous()
+        biases = [getattr(layer, "bias", None) for layer in self.layers]
+        if biases[0] is not None:
+            self.bias = torch.cat([bias.detach() for bias in biases if bias is not None]).to(self.dtype)
+        if self.packs:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(joined, PACKED_ROWS)
+        else:
+            shared = joined.data_ptr() == self._matrix(self.layers[0]).data_ptr()
+            self.weight = joined.clone() if shared else joined
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What each layer makes of ``x [T, I]``."""
+        assert self.weight is not None, "load the weights first"
+        if self.packs:
+            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        else:
+            y = functional.linear(x, self.weight, self.bias)
+        return torch.split(y, self.sizes, -1) if len(self.sizes) > 1 else (y,)
+
+    @staticmethod
+    def _matrix(layer: Any) -> Tensor:
+        """``[O, I]``; GPT-2 stores it the other way round."""
+        weight: Tensor = layer.weight
+        return weight if isinstance(layer, nn.Linear) else weight.t()
+
+
+class ModelDecoder:
+    """The model's own forward pass; with bfloat16 products over a bfloat16 copy of it."""
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        self.copies = dtype == torch.bfloat16
+        self.model = _bfloat16_copy(model) if self.copies else model
+
+    @torch.no_grad()
+    def load(self, model: Any) -> None:
+        """See ``Decoder``."""
+        if self.copies:
+            for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
+                mine.copy_(theirs)
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], pad: int) -> tuple[Filled, Tensor]:
+        """See ``Decoder``."""
+        device = next(self.model.parameters()).device
+        lengths = [len(prompt) for prompt in prompts]
+        ids = torch.full((len(prompts), max(lengths)), pad)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(prompt)
+        # Plain causal attention: what is right of a prompt's last token cannot reach it.
+        out = self._base()(input_ids=ids.to(device), use_cache=True)
+        cache: DynamicCache = out.past_key_values
+        layers: list[Any] = cache.layers
+        filled = [
+            [(one.keys[row, :, :length].transpose(0, 1), one.values[row, :, :length].transpose(0, 1)) for one in layers]
+            for row, length in enumerate(lengths)
+        ]
+        last = torch.tensor(lengths, device=device) - 1
+        states: Tensor = out.last_hidden_state[torch.arange(len(prompts), device=device), last]
+        return filled, states
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, cache: SlotCache) -> Tensor:
+        """See ``Decoder``."""
+        device = next(self.model.parameters()).device
+        positions, look = cache.advance(device)
+        ids = tokens.to(device)[:, None]
+        out = self._base()(
+            input_ids=ids, position_ids=positions, attention_mask=look, past_key_values=cache, use_cache=True
+        )
+        states: Tensor = out.last_hidden_state[:, -1]
+        return states
+
+    def head(self, states: Tensor) -> Tensor:
+        """See ``Decoder``."""
+        logits: Tensor = self.model.get_output_embeddings()(states)
+        return logits
+
+    def _base(self) -> Any:
+        return getattr(self.model, self.model.base_model_prefix)
+
+
+def _bfloat16_copy(model: Any) -> Any:
+    """Buffers stay as they are: in bfloat16 the frequencies of rotary positions would be other ones."""
+    twin = copy.deepcopy(model).requires_grad_(False)
+    for parameter in twin.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return twin
+
+
+def decoder_of(model: Any, dtype: torch.dtype) -> Decoder:
+    """The faster decoder that fits a model."""
+    return TrunkDecoder(model, dtype) if TrunkDecoder.fits(model, dtype) else ModelDecoder(model, dtype)
