@@ -156,15 +156,21 @@ class Replay:
         self.kept = [(one["step"], [rollout_from_record(record) for record in one["group"]]) for one in records]
 
 
-def earned_weights(sources: Sequence[Source]) -> dict[str, float]:
-    """By which equals are told: the weight of each source that a text earns from, 1 where it changes with the run."""
-    return {source.name: source.weight if source.rule is None else 1.0 for source in sources if source.earned}
+def earned_weights(sources: Sequence[Source]) -> list[dict[str, float]]:
+    """By which equals are told: weighted sums of what a text earns; a source whose weight changes stands alone."""
+    earned = [source for source in sources if source.earned]
+    fixed = {source.name: source.weight for source in earned if source.rule is None and not source.scaled}
+    changing = [{source.name: 1.0} for source in earned if source.name not in fixed]
+    return [fixed, *changing] if fixed else changing
 
 
-def _equal(group: Group, weights: Mapping[str, float]) -> bool:
-    """Whether all texts of a group earned the same."""
-    totals = [sum(weight * rollout.total(name) for name, weight in weights.items()) for rollout in group]
-    return max(totals) - min(totals) < 1e-6
+def _equal(group: Group, sums: Sequence[Mapping[str, float]]) -> bool:
+    """Whether all texts of a group earned the same in each of these sums."""
+    for weights in sums:
+        totals = [sum(weight * rollout.total(name) for name, weight in weights.items()) for rollout in group]
+        if max(totals) - min(totals) >= 1e-6:
+            return False
+    return True
 
 
 def numbered(groups: Sequence[Group]) -> list[Rollout]:

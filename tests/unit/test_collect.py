@@ -21,6 +21,7 @@ from instant_reward.collect import (
     written_groups,
 )
 from instant_reward.config import Config
+from instant_reward.config_weight import LinearWeight
 from instant_reward.credit import Source
 from instant_reward.presets import preset_of
 from instant_reward.records import rollout_record
@@ -141,6 +142,23 @@ class TestGroupsOfEquals:
         watched.groups(Two(values), 1)
         learned.groups(Two(values), 1)
         assert (watched.skipped, learned.skipped) == (2, 0)
+
+    @pytest.mark.parametrize("scaled", [True, False], ids=["scaled", "by a rule"])
+    def test_sources_whose_weights_change_do_not_make_up_for_each_other(self, scaled: bool) -> None:
+        """One text earns 1 of the first source and the other 1 of the second: equals at weights of 1 alone."""
+
+        class Either(Sampler):
+            def stream(self, *given: Any) -> Iterator[Rollout]:
+                yield from (text(one.prompt.id, int(one.id[-1]), one.total("one"), 1.0 - one.total("one"), one.group)
+                            for one in super().stream(*given))  # fmt: skip
+
+        changing = {"scaled": True} if scaled else {"rule": LinearWeight(rule="linear", steps=5)}
+        for options, skipped in (({}, 2), (changing, 0)):
+            sources = [Source("one"), Source("two", **options)]
+            prompts = [Prompt(name, name, [60, 61]) for name in "ab"]
+            source = Sampled(prompts, [], config(refill=0), sources, True)
+            source.groups(Either({"a": (0, 1), "b": (1, 0)}), 1)
+            assert source.skipped == skipped
 
 
 class TestReplay:
