@@ -19,8 +19,8 @@ def adapt(batch: Batch, metrics: Mapping[str, float], config: AlgorithmConfig, w
 
     Args:
         batch: the step's, credited.
-        warming: in so many steps at first the critic learns alone; the KL and the entropy do not follow what is done
-            about them yet, so their weights stay.
+        warming: in so many steps at first the critic learns alone; the KL, the entropy and what constraints look at do
+            not follow what is done about them yet, so their weights stay.
         metrics: the step's, with ``kl`` and ``entropy`` in nats per token where there are such targets.
     """
     before = batch.carried
@@ -46,7 +46,7 @@ def adapt(batch: Batch, metrics: Mapping[str, float], config: AlgorithmConfig, w
         entropy=entropy,
         mean_return=mean_return,
         mean_weight=weight,
-        **followed(batch, metrics, (1.0 - DECAY) / weight),
+        **followed(batch, metrics, (1.0 - DECAY) / weight, learns),
     )
 
 

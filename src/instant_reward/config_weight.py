@@ -44,8 +44,9 @@ class ConstraintWeight(Section):
     """A constraint's weight, raised while the constraint does not hold and lowered while it does (Lagrangian).
 
     Each step it moves by ``rate`` times what is missing: ``target - metric`` with ``above``, ``metric - target``
-    without, where ``metric`` is this step's. It stays within 0 and ``most``. Stooke, Achiam and Abbeel (2020),
-    "Responsive safety in reinforcement learning by PID Lagrangian methods", section 3, the integral part.
+    without, where ``metric`` is this step's; while a critic warms up alone it stays. It is kept within 0 and ``most``.
+    Stooke, Achiam and Abbeel (2020), "Responsive safety in reinforcement learning by PID Lagrangian methods", section
+    3, the integral part.
     """
 
     rule: Literal["constraint"]

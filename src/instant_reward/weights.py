@@ -61,12 +61,13 @@ def weight_now(rule: WeightRule, name: str, carried: Carried) -> float:
     return rule.start * min(rule.most, max(1.0 / rule.most, quotient))
 
 
-def followed(batch: Batch, row: Mapping[str, float], rate: float) -> dict[str, dict[str, float]]:
+def followed(batch: Batch, row: Mapping[str, float], rate: float, learns: bool = True) -> dict[str, dict[str, float]]:
     """What is carried to the next step: by the names of ``Carried``'s fields.
 
     Args:
         row: the step's metrics.
         rate: how far running means move towards this step's values.
+        learns: whether the policy does, and not its critic alone: without, constraints stay as they are.
 
     Raises:
         UserError: a rule reads a metric that there is not.
@@ -77,11 +78,11 @@ def followed(batch: Batch, row: Mapping[str, float], rate: float) -> dict[str, d
         rule = source.rule
         if isinstance(rule, ConstraintWeight):
             missing = (rule.target - _metric(rule.metric, source.name, row)) * (1.0 if rule.above else -1.0)
-            weight = weight_now(rule, source.name, before) + rule.rate * missing
+            weight = weight_now(rule, source.name, before) + (rule.rate * missing if learns else 0.0)
             weights[source.name] = min(rule.most, max(0.0, weight))
         elif isinstance(rule, FadeWeight):
             value = _metric(rule.metric, source.name, row)
-            means[rule.metric] = _moved(means.get(rule.metric, value), value, rate)
+            means[rule.metric] = _moved(before.metrics.get(rule.metric, value), value, rate)  # several may hang on it
     here = deviations(batch)
     # Variances are averaged, not deviations: a mean of square roots would be too small.
     spread = {

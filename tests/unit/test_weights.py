@@ -12,7 +12,8 @@ from pydantic import TypeAdapter
 
 import instant_reward as ir
 from instant_reward.batch import Batch
-from instant_reward.config import Config
+from instant_reward.carried import adapt
+from instant_reward.config import AlgorithmConfig, Config
 from instant_reward.config_weight import WeightRule
 from instant_reward.credit import Marks, Source
 from instant_reward.types import Carried
@@ -81,6 +82,24 @@ def test_a_term_fades_as_a_metric_grows() -> None:
     assert weight_now(made, "one", Carried()) == 2.0
     before = batch([[0.0]], [Source("one", rule=made)], Carried(metrics={"reward/final": 0.4}))
     assert followed(before, {"reward/final": 0.8}, 0.25)["metrics"] == {"reward/final": pytest.approx(0.5)}
+
+
+def test_two_terms_that_fade_by_one_metric_move_its_mean_once() -> None:
+    made = rule(rule="fade", metric="reward/final", low=0.2, high=0.6)
+    sources = [Source("one", rule=made), Source("two", rule=made)]
+    before = batch([[0.0, 0.0]], sources, Carried(metrics={"reward/final": 0.4}))
+    assert followed(before, {"reward/final": 0.8}, 0.25)["metrics"] == {"reward/final": pytest.approx(0.5)}
+
+
+def test_a_constraint_waits_for_a_critic_that_learns_alone() -> None:
+    """Until the policy learns, nothing it does can make the constraint hold: its weight would only pile up."""
+    made = rule(rule="constraint", metric="reward/one", target=1.0, start=0.5, rate=1.0)
+    found = []
+    for step in range(3):
+        now = batch([[0.0], [1.0]], [Source("one", rule=made)], Carried(step=step))
+        now.returns = torch.zeros(2, 1)
+        found.append(weight_now(made, "one", adapt(now, {"reward/one": 0.0}, AlgorithmConfig(), warming=2)))
+    assert found == [0.5, 0.5, 1.5]
 
 
 def test_sources_are_equalised_by_their_deviations() -> None:
