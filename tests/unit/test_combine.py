@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,9 @@ from instant_reward.rewards.redistribute import AttentionShares, LearnedShares, 
 from tiny import tiny_folder, tiny_llama, tiny_policy
 
 TEXTS = ["the movie was", "it was", "a film of"]
+# A line, and the end token behind it.
+LINE = ir.Rollout("x/0", 0, ir.Prompt("x", "x", [1]), [1, 2, 3], [False, True, True], [0.0] * 3, [0, 3, 3], "ab\n", [],
+                  [-1, 0, 0], "ended")  # fmt: skip
 
 
 def size(text: str) -> float:
@@ -29,6 +33,18 @@ def vowels(text: str) -> float:
 
 def words(text: str) -> float:
     return float(len(text.split()))
+
+
+class Ending:
+    """Wants to know of every text's end."""
+
+    name, sees_end = "ending", True
+
+    def __init__(self, every: str = "end") -> None:
+        self.every = every
+
+    def __call__(self, view: ir.View) -> float:
+        return float(view.done)
 
 
 def rollouts(rewards: list[Any], tokens: int = 10) -> list[ir.Rollout]:
@@ -58,6 +74,27 @@ def test_members_that_keep_a_state_keep_it() -> None:
         assert ir.replay([Ensemble(changed, "sum")], one) == one.marks
 
 
+def test_members_that_want_to_know_of_the_end_are_told() -> None:
+    ends = [Ending("line"), Ending("line")]
+    together, alone = (ir.replay([reward], LINE) for reward in (Ensemble(ends), Ending("line")))
+    assert [mark.value for mark in together] == [mark.value for mark in alone] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("how", ["sum", "mean", "minimum", "pessimistic"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_bad_number_of_a_member_is_hidden(how: Any, value: float) -> None:
+    """The least of 1.0 and NaN is 1.0 in Python."""
+    for members in ([size, lambda text: value], [lambda text: value, size]):
+        with pytest.raises(ir.UserError, match=r"member '<lambda>' gave (nan|inf); members must give finite numbers"):
+            rollouts([Ensemble(members, how)])
+
+
+def test_members_may_give_numbers_of_other_libraries() -> None:
+    text = rollouts([])[0]
+    (mark,) = ir.replay([Ensemble([lambda text: np.float32(0.5), lambda text: torch.tensor(2.0)], "sum")], text)
+    assert mark.value == 2.5
+
+
 def test_members_come_from_a_config_by_name() -> None:
     members = ["vader", {"use": "review_sentiment", "args": {"min_count": 0}}]
     with pytest.raises(ir.UserError, match="ReviewSentiment: give"):
@@ -77,6 +114,10 @@ def test_members_come_from_a_config_by_name() -> None:
         (["vadr", "vader"], {}, "did you mean vader"),
         ([{"path": "x"}, size], {}, "a mapping with use and args"),
         ([size, ir.reward(scope="group")(lambda views: [0.0])], {}, "look beyond their own text"),
+        ([size, ir.weighted(vowels, 0.5)], {}, "the weight of the member 'vowels' would be lost"),
+        ([size, ir.weighted(vowels, {"rule": "linear", "steps": 2})], {}, "the weight of the member 'vowels' would be"),
+        ([ir.potential(size, 0.9), ir.potential(vowels, 0.9)], {}, "the discount of the member 'size' would be lost"),
+        ([size, Ending()], {}, "must have the same sees_end .*'size' False.*'ending' True"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_put_together_is_refused(members: list[Any], options: dict[str, Any], sentence: str) -> None:
@@ -159,6 +200,37 @@ def test_a_score_that_takes_many_texts_at_once_is_asked_so() -> None:
         texts = rollouts([make(many)])
         assert max(many.asked) > 1
         assert all(text.marks for text in texts)
+    assert all(one.total() == pytest.approx(size(one.text)) for one in rollouts([UniformShares(Many())]))
+
+
+def test_a_score_with_settings_that_would_be_lost_is_refused() -> None:
+    class Remembers:
+        name, scope = "remembers", "run"
+
+        def observe(self, rollouts: Any) -> None: ...
+
+        def __call__(self, text: str) -> float:
+            return 0.0
+
+    for make in (ir.change, lambda one: ir.potential(one, 1.0), UniformShares):
+        with pytest.raises(ir.UserError, match=r"and the weight of 'size' would be lost; set it on what is made of it"):
+            make(ir.weighted(size, 0.5))
+        with pytest.raises(ir.UserError, match=r"'remembers' looks beyond its text \(scope='run'\)"):
+            make(Remembers())
+
+
+def test_a_scores_own_segmenter_cuts_what_is_made_of_it() -> None:
+    def halves(run: str) -> list[str]:
+        return [run[:2], run[2:]]
+
+    class Cut:
+        name, segmenter = "cut", staticmethod(halves)
+
+        def __call__(self, text: str) -> float:
+            return float(len(text))
+
+    assert ir.change(Cut()).segmenter is halves
+    assert ir.potential(Cut(), 1.0).segmenter is halves
 
 
 def test_what_a_share_or_a_member_cannot_be_made_of_is_said_in_words(tmp_path: Path) -> None:

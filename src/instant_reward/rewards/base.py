@@ -270,6 +270,33 @@ def as_rewards(candidates: Sequence[Any]) -> list[Reward]:
     return named
 
 
+def as_score(candidate: Any, who: str) -> Reward:
+    """A final score, ``f(text) -> float``, that something else is made of.
+
+    Args:
+        who: what is made of it, as it continues a sentence: "ir.change compares scores of texts".
+
+    Raises:
+        UserError: it takes anything but a text, or looks beyond it, or has settings that would be lost.
+    """
+    one = as_reward(candidate)
+    if one.takes != "text":
+        raise UserError(f"{who}, and '{one.name}' takes no text; give it f(text) -> float")
+    if one.scope != "text":
+        raise UserError(
+            f"{who}, and '{one.name}' looks beyond its text (scope='{one.scope}'); give it f(text) -> float"
+        )
+    if lost := own_settings(one):
+        raise UserError(f"{who}, and the {lost[0]} of '{one.name}' would be lost; set it on what is made of it")
+    return one
+
+
+def own_settings(one: Reward) -> list[str]:
+    """What a reward says about how it is learned from: of no use where it becomes a part of another one."""
+    plain = {"at": "seen", "weight": 1.0, "discount": None, "train": True, "rule": None, "scaled": False, "clip": None}
+    return ["weight" if key == "rule" else key for key, usual in plain.items() if getattr(one, key) != usual]
+
+
 def _several(values: Any) -> Any:
     """What a batched function gave as a list: it may have given an array, a tensor or an iterator."""
     plain = values.tolist() if hasattr(values, "tolist") else values

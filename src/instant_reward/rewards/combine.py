@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from instant_reward.rewards.base import Reward, as_rewards
+from instant_reward.rewards.base import Reward, as_rewards, own_settings
 from instant_reward.rewards.names import make
 from instant_reward.types import Prompt, UserError, View
 
@@ -37,7 +38,8 @@ class Ensemble:
             k: how many deviations (over the members) "pessimistic" takes off.
 
         Raises:
-            UserError: too few members, members of different pieces or scopes, or ``how`` is none of those.
+            UserError: too few members, members of different pieces or scopes or with a weight or another setting that
+                would be lost, or ``how`` is none of those.
         """
         if how not in HOW:
             raise UserError(f"Ensemble: how={how!r} is unknown; use {', '.join(HOW)}")
@@ -47,10 +49,16 @@ class Ensemble:
         self.how, self.k = how, k
         self.every = self._shared("every")
         self.segmenter = self._shared("segmenter")
+        self.sees_end = self._shared("sees_end")
         if any(one.scope != "text" for one in self.members):
             raise UserError(
                 "Ensemble: members that look beyond their own text (scope) are not supported; leave them out"
             )
+        for one in self.members:
+            if lost := own_settings(one):
+                raise UserError(
+                    f"Ensemble: the {lost[0]} of the member '{one.name}' would be lost; set it on the ensemble"
+                )
 
     def start(self, prompt: Prompt) -> list[Any]:
         """The states of the members."""
@@ -76,11 +84,13 @@ class Ensemble:
     def _numbers(one: Reward, values: Any, count: int) -> list[float]:
         if not isinstance(values, list) or len(values) != count:
             raise UserError(f"the member '{one.name}' must hand back {count} values, one for each piece")
-        for value in values:
-            if isinstance(value, bool | int | float):
-                continue
-            raise UserError(f"the member '{one.name}' gave a {type(value).__name__}; members must give numbers")
-        return [float(value) for value in values]
+        numbers = [value.tolist() if hasattr(value, "tolist") else value for value in values]
+        for value in numbers:
+            if not isinstance(value, bool | int | float):
+                raise UserError(f"the member '{one.name}' gave a {type(value).__name__}; members must give numbers")
+            if not math.isfinite(value):  # a minimum might hide it
+                raise UserError(f"the member '{one.name}' gave {value}; members must give finite numbers")
+        return [float(value) for value in numbers]
 
     def _shared(self, key: str) -> Any:
         found = [getattr(one, key) for one in self.members]

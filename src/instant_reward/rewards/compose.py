@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from instant_reward.config_weight import WeightRule
-from instant_reward.rewards.base import Reward, as_reward
+from instant_reward.rewards.base import Reward, as_reward, as_score
 from instant_reward.types import Every, Prompt, UserError, View
 
 
@@ -65,11 +65,9 @@ def change(
         discount: per sampled token; 1 keeps the final score's gradient, less is a stated bias.
 
     Raises:
-        UserError: where ``score`` takes anything but a text.
+        UserError: where ``score`` takes anything but a text, or has a weight or another setting that would be lost.
     """
-    one = as_reward(score)
-    if one.takes != "text":
-        raise UserError(f"ir.change compares scores of texts, and '{one.name}' takes no text; give it f(text) -> float")
+    one = as_score(score, "ir.change compares scores of texts")
     batched = batched or one.batched
     return Reward(
         function=Change(one.function, batched),
@@ -80,6 +78,7 @@ def change(
         discount=discount,
         takes="state",
         stops=False,
+        segmenter=one.segmenter,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from instant_reward import models
 from instant_reward.notice import without_bars
-from instant_reward.rewards.base import as_reward
+from instant_reward.rewards.base import as_score
 from instant_reward.rewards.language_model import load_tokenizer
 from instant_reward.rewards.names import make
 from instant_reward.types import Prompt, Rollout, Span, UserError, View
@@ -180,9 +180,5 @@ def score_of(score: Any, args: dict[str, Any] | None) -> Callable[[str], float]:
     """``f(text) -> float`` of what a user names; UserError where it takes something else."""
     if isinstance(score, str):
         score = make(score, args or {}, "shares")
-    one = as_reward(score)
-    if one.takes != "text":
-        raise UserError(
-            f"shares are cut from the score of a text, and '{one.name}' takes no text; give f(text) -> float"
-        )
-    return lambda text: float(one.function(text))
+    one = as_score(score, "shares are cut from the score of a text")
+    return lambda text: float(one.function([text])[0] if one.batched else one.function(text))

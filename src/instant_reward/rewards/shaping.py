@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from instant_reward.rewards.base import Reward, as_reward
+from instant_reward.rewards.base import Reward, as_score
 from instant_reward.types import Every, Prompt, UserError, View
 
 
@@ -77,6 +77,16 @@ class Shaping(Reward):
             )
         if self.at != "seen":
             raise UserError(f"reward '{self.name}': shaping is exact only where at='seen'; leave at={self.at!r} out")
+        if self.clip is not None:
+            raise UserError(
+                f"reward '{self.name}': what shaping pays is paid back whole, and clip={self.clip!r} would bias the "
+                "gradient; leave it out"
+            )
+        if self.scaled:
+            raise UserError(
+                f"reward '{self.name}': shaping earns a text nothing in all, so there is no deviation to scale it by; "
+                "leave scaled out"
+            )
 
 
 def potential(
@@ -114,11 +124,10 @@ def potential(
         name: the source's name; phi's where it is not given.
 
     Raises:
-        UserError: where ``phi`` takes anything but a text, or ``discount`` is not such a number.
+        UserError: where ``phi`` takes anything but a text or has a weight or another setting that would be lost, or
+            ``discount`` is not such a number.
     """
-    one = as_reward(phi)
-    if one.takes != "text":
-        raise UserError(f"ir.potential asks phi about texts, and '{one.name}' takes no text; give it f(text) -> float")
+    one = as_score(phi, "ir.potential asks phi about texts")
     if isinstance(discount, bool) or not isinstance(discount, int | float) or not 0.0 < discount <= 1.0:
         raise UserError(f"ir.potential: discount={discount!r} is not above 0 and at most 1; give a number that is")
     batched = batched or one.batched
@@ -131,4 +140,5 @@ def potential(
         discount=float(discount),
         takes="state",
         stops=False,
+        segmenter=one.segmenter,
     )
