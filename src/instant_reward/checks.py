@@ -72,14 +72,21 @@ def _wrong_siblings(config: AlgorithmConfig, preset: Preset, rewards: Sequence[R
 
 
 def _wrong_weights(rewards: Sequence[Reward]) -> Iterator[str]:
-    names = [one.name for one in rewards]
+    names = [one.name for one in rewards if not shapes(one)]  # of shaping, a text earns nothing in all
     for one in rewards:
         to = getattr(one.rule, "to", None)
-        if to is not None and (to not in names or to == one.name):
+        if to is None:
+            continue
+        if to not in names or to == one.name:
             others = ", ".join(name for name in names if name != one.name) or "none"
             yield (
                 f"rewards: the weight of '{one.name}' follows the source {to!r}, which is not another one that is "
                 f"learned from (there: {others}); name one of those"
+            )
+        if one.scaled or shapes(one):
+            why = "is scaled, which divides it by its deviation already" if one.scaled else "is shaping, which has none"
+            yield (
+                f"rewards: the weight of '{one.name}' equalises its deviation, and '{one.name}' {why}; leave one out"
             )
 
 

@@ -188,6 +188,25 @@ def test_a_source_to_equalise_must_be_another_learned_one(tmp_path: Path) -> Non
             run(tmp_path, [ir.weighted(writes_o, {"rule": "equalise", "to": other}), length], steps=1)
 
 
+def test_shaping_is_neither_cut_nor_scaled_nor_equalised(tmp_path: Path) -> None:
+    """Cut marks do not pay back what they paid, and what a text earns of shaping in all has no deviation."""
+    shaping = ir.potential(lambda text: float(len(text)), 1.0, name="shaping")
+    with pytest.raises(ir.UserError, match=r"'shaping': .*clip=2\.0 would bias the gradient; leave it out"):
+        shaping.but(clip=2.0)
+    with pytest.raises(ir.UserError, match=r"'shaping': .* no deviation to scale it by; leave scaled out"):
+        shaping.but(scaled=True)
+    with pytest.raises(ir.UserError, match=r"equalises its deviation, and 'shaping' is shaping, which has none"):
+        run(tmp_path, [ir.weighted(shaping, {"rule": "equalise", "to": "length"}), length], steps=1)
+    with pytest.raises(ir.UserError, match=r"'length' follows the source 'shaping', which is not another one"):
+        run(tmp_path, [shaping, ir.weighted(length, {"rule": "equalise", "to": "shaping"})], steps=1)
+
+
+def test_a_source_is_scaled_or_equalised(tmp_path: Path) -> None:
+    twice = ir.weighted(writes_o, {"rule": "equalise", "to": "length"}).but(scaled=True)
+    with pytest.raises(ir.UserError, match="'writes_o' is scaled, which divides it by its deviation already"):
+        run(tmp_path, [twice, length], steps=1)
+
+
 def test_a_bad_rule_is_said_in_words() -> None:
     with pytest.raises(ir.UserError, match=r"reward 'writes_o': weight=.*steps.* correct it"):
         ir.weighted(writes_o, {"rule": "linear", "steps": 0})
