@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 NOBODY = 65534
 INSIDE = 1000  # the user's and the group's number inside
 SHELVES = ("/usr/lib", "/usr/lib64", "/usr/lib32", "/lib", "/lib64", "/lib32", "/etc/ld.so.cache", "/nix/store")
-DEVICES = ("null", "zero", "random", "urandom")
+DEVICES = ("null", "random", "urandom")
 LOOK_EVERY = 0.02  # seconds between two looks at the memory of all processes
 OPEN_FILES = 64
 FILES = 4096  # how many files and folders its temporary folder holds
@@ -49,6 +49,7 @@ _MOUNT_SETATTR = 442
 _CLONE, _CLONE3 = {"x86_64": 56, "aarch64": 220}, 435
 _SOCKET = {"x86_64": 41, "aarch64": 198}
 _PRLIMIT = {"x86_64": 302, "aarch64": 261}
+_MMAP, _MAP_SHARED, _MAP_ANONYMOUS = {"x86_64": 9, "aarch64": 222}, 0x01, 0x20
 _ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 # What no program needs, and what has been the way out of such rooms, or holds memory that no limit counts.
 _REFUSED = {
@@ -289,9 +290,13 @@ def _lock(proc: int) -> None:
 
 
 def _filter_calls() -> None:
-    """A seccomp filter: refused calls fail with EPERM; sockets are local ones, and no process makes namespaces."""
+    """A seccomp filter: refused calls fail with EPERM; sockets are local ones, and no process makes namespaces.
+
+    Nor does any share memory without a file. Such pages stay until the last page of their mapping goes, and no limit
+    counts the ones that are not mapped: one process could hold all memory. Hence there is no /dev/zero either.
+    """
     machine = platform.machine()
-    number, argument = 0, 16  # offsets in struct seccomp_data; of an argument, the lower half
+    number, argument, flags = 0, 16, 40  # offsets in struct seccomp_data; of an argument, the lower half
     allow, refuse, missing, kill = 0x7FFF0000, 0x50001, 0x50026, 0x80000000
     load, equal, above, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
     code = [(load, 0, 0, 4), (equal, 1, 0, _ARCHITECTURE[machine]), (give, 0, 0, kill), (load, 0, 0, number)]
@@ -306,6 +311,8 @@ def _filter_calls() -> None:
         (_PRLIMIT[machine], (equal, 1, 0, 0)),  # its own limits
     ):
         code += [(equal, 0, 4, call), (load, 0, 0, argument), test, (give, 0, 0, refuse), (give, 0, 0, allow)]
+    code += [(equal, 0, 5, _MMAP[machine]), (load, 0, 0, flags), (any_bit, 0, 2, _MAP_ANONYMOUS)]
+    code += [(any_bit, 0, 1, _MAP_SHARED), (give, 0, 0, refuse), (give, 0, 0, allow)]
     code += [(give, 0, 0, allow)]
     packed = b"".join(struct.pack("=HBBI", *one) for one in code)
     buffer = ctypes.create_string_buffer(packed, len(packed))
