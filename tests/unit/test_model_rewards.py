@@ -336,6 +336,12 @@ class TestClassifier:
         with pytest.raises(UserError, match=r"has no weights classifier\.bias, so that its answers would be random"):
             Classifier(sentences, 0)
 
+    def test_loading_it_draws_nothing_into_the_runs_display(
+        self, three: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        Classifier(three, "positive")
+        assert capfd.readouterr().err == ""
+
     def test_folders_that_hold_no_model(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"gone"):
             Classifier(tmp_path / "gone", 0)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from instant_reward import models
+from instant_reward.notice import without_bars
 from instant_reward.types import Prompt, UserError, View
 
 if TYPE_CHECKING:
@@ -350,9 +351,10 @@ def _loaded(who: str, kind: str, folder: Path, dtype: str) -> tuple[Any, Any]:
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model, report = getattr(transformers, kind).from_pretrained(
-            folder, dtype=getattr(torch, dtype), output_loading_info=True
-        )
+        with without_bars():
+            model, report = getattr(transformers, kind).from_pretrained(
+                folder, dtype=getattr(torch, dtype), output_loading_info=True
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{who}: the model in {folder} cannot be loaded: {first_line(error)}; check it") from error
     # transformers fills what a folder lacks with random numbers. Sentence models often lack a pooler: no one reads it.
