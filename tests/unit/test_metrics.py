@@ -216,12 +216,20 @@ class TestNumbers:
             ("٤٢", 42),
             ("about v1.5: 42", ["41", "42"]),
             ("3 and x2", 3),
+            ("a loss of -$5.", -5),
+            ("\u2212€1,200", "-1200"),
+            ("3-$5", 5),
+            ("p = .5", "0.5"),
+            ("-.25", -0.25),
+            ("1/.5 is 2...", 2),
         ],
     )
     def test_the_last_number_counts(self, text: str, reference: Any) -> None:
         assert NumericAnswer().score(text, reference) == 1.0
 
-    @pytest.mark.parametrize("text", ["", "none", "42 or 43", "4 2", "1/0", "9" * 5000, "42.0000001", "x42", "5-42.5"])
+    @pytest.mark.parametrize(
+        "text", ["", "none", "42 or 43", "4 2", "1/0", "9" * 5000, "42.0000001", "x42", "5-42.5", "-$42", ".42"]
+    )
     def test_wrong_answers(self, text: str) -> None:
         assert NumericAnswer().score(text, "42") == 0.0
 

@@ -15,7 +15,8 @@ from instant_reward.rewards.reference import Metric, Running, finite
 from instant_reward.types import UserError
 
 _NUMBER = re.compile(
-    r"(?<![A-Za-z_\d.])(?P<sign>[-+\u2212\uff0d])?(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?P<part>\.\d+)?"
+    r"(?<![A-Za-z_\d.])(?:(?P<sign>[-+\u2212\uff0d])[$\u00a3\u00a5\u20ac]?)?"
+    r"(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?P<part>\.\d+)?"
     r"(?:[eE](?P<power>[-+]?\d{1,3})(?!\d)|/(?P<below>\d+))?"
 )
 _WORD = re.compile(rf"(?:(?!{HAN})\S)++")  # no number goes on past white space or a Chinese character
@@ -27,9 +28,10 @@ _SECONDS = 5  # math-verify's own limit
 class NumericAnswer(Metric):
     """Whether the last number of the text so far is the reference's last number: 1 or 0.
 
-    Reads 42, -3, 1,234.5, 2.5e-3 and 1/2, also with digits of other scripts, and compares exactly; units, currency and
-    % are left out, a number inside a name (x2, v1.5) is none, and number words (forty-two, 四十二) are not read. The
-    reference may be a number, or a text whose last number counts ("... #### 42"). With several references any will do.
+    Reads 42, -3, -$3, .5, 1,234.5, 2.5e-3 and 1/2, also with digits of other scripts, and compares exactly; units,
+    currency and % are left out, a number inside a name (x2, v1.5) is none, and number words (forty-two, 四十二) are not
+    read. The reference may be a number, or a text whose last number counts ("... #### 42"). With several references any
+    will do.
 
     Args:
         tolerance: how far off the answer may be, as a part of the reference: 0.01 is one percent.
