@@ -173,6 +173,10 @@ class TestKeywords:
         assert marks(Keywords(column="topic"), "a cat, a dog", topic=["dog", "cow"]) == [("dog", 0.5)]
         assert marks(AvoidKeywords(column="topic"), "a cat, a dog", topic="cat") == [("cat", -1.0)]
 
+    def test_a_word_given_twice_in_another_case_is_one(self) -> None:
+        assert marks(Keywords(["Cat", "cat", "dog"]), "a cat") == [("cat", 0.5)]
+        assert marks(AvoidKeywords(["cat", "CAT"]), "a Cat") == [("Cat", -1.0)]
+
     def test_texts_of_one_prompt_do_not_mix(self) -> None:
         reward = Keywords(["cat"])
         assert marks(reward, "a cat") == marks(reward, "a cat") == [("cat", 1.0)]

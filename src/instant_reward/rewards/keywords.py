@@ -97,7 +97,8 @@ class _Keywords:
         for word in listed:
             if not isinstance(word, str) or not word.strip():
                 raise UserError(f"{self._who}: {where} holds {repr(word)[:40]}, which is no word; give a text")
-        return tuple(dict.fromkeys(" ".join(word.split()) for word in listed))
+        words = [" ".join(word.split()) for word in listed]
+        return tuple({word.lower(): word for word in words}.values())  # case does not matter: such twins are one
 
 
 class Keywords(_Keywords):
