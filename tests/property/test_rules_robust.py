@@ -42,7 +42,7 @@ ALL: dict[str, tuple[Callable[[], Any], float, float]] = {
     "distinct 1": (lambda: Distinct(1), 0, 1),
     "distinct 3 of characters": (lambda: Distinct(3, tokens="characters"), 0, 1),
     "distinct as a change": (lambda: Distinct(change=True), -1, 1),
-    "type token": (lambda: TypeTokenRatio(4), 0, 1),
+    "type_token": (lambda: TypeTokenRatio(4), 0, 1),
     "type token without a window": (lambda: TypeTokenRatio(None), 0, 1),
     "mtld": (Mtld, 0, 1),
     "repetition": (lambda: Repetition(2), -1, -1),
@@ -54,10 +54,10 @@ ALL: dict[str, tuple[Callable[[], Any], float, float]] = {
     "keywords of the prompt": (lambda: Keywords(column="topic"), 0.5, 0.5),
     "avoid": (lambda: AvoidKeywords(WORDS), -1, -1),
     "language": (Language, 0, 1),
-    "chinese": (lambda: change(Language("zh")), -1, 1),
+    "language as a change": (lambda: change(Language("zh")), -1, 1),
     "readability": (Readability, 0, 1),
     "readability near a target": (lambda: Readability(target=[60, 80], change=True), -1, 1),
-    "full sentence": (FullSentence, 0, 1),
+    "full_sentence": (FullSentence, 0, 1),
     "full sentence as a change": (lambda: change(FullSentence()), -1, 1),
 }
 LONG = "The movie was so good that I saw it again, and a movie like that is rare. "
@@ -93,7 +93,8 @@ def by_characters(text: str, step: int = 1) -> Rollout:
     return Rollout("r", 0, PROMPT, ids, mask, [0.0] * count, char_ends, text, [], [0] * count, "ended")
 
 
-@pytest.mark.parametrize("name", ALL)
+# With the arguments that most take, test_every_reward.py has them.
+@pytest.mark.parametrize("name", [name for name in ALL if " " in name])
 @pytest.mark.parametrize("text", WEIRD.values(), ids=WEIRD)
 def test_weird_texts_get_finite_values_in_range(name: str, text: str) -> None:
     rollout = by_characters(text, step=max(1, len(text) // 500))
