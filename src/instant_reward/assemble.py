@@ -30,10 +30,6 @@ def _reward(config: RewardConfig) -> Reward:
     # What goes to a worker as it is is loaded there alone.
     found: Any = None if config.workers and plain else make(config.use, config.args, "rewards")
     every = resolve(config.every) if isinstance(config.every, str) and ":" in config.every else config.every
-    if config.change and isinstance(getattr(found, "change", None), bool):
-        raise UserError(
-            f"rewards: {config.use} pays changes by itself; write args: {{change: true}} in place of change: true"
-        )
     if config.change:
         made = change(found, every=every or "word", name=config.label)
     elif config.potential:

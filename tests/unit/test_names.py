@@ -59,12 +59,6 @@ def test_a_potential_comes_from_a_config() -> None:
         RewardConfig(use="vader", potential=True, change=True)
 
 
-def test_a_reward_that_pays_changes_by_itself_says_how() -> None:
-    config = RewardConfig(use="length", args={"target": 9}, change=True)
-    with pytest.raises(ir.UserError, match=r"length pays changes by itself; write args: \{change: true\} in place of"):
-        build_rewards([config])
-
-
 def test_rules_score_a_file_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from instant_reward.cli import main
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 import instant_reward as ir
+from instant_reward.assemble import build_rewards
+from instant_reward.config import RewardConfig
 from instant_reward.rewards.base import as_reward, as_rewards
 from instant_reward.rewards.compose import weighted
 from instant_reward.rewards.watch import Watch
@@ -332,6 +334,19 @@ class TestChange:
 
         with pytest.raises(UserError, match=r"'polite' takes no text; give it f\(text\)"):
             ir.change(polite)
+
+    @pytest.mark.parametrize("use", ["rouge", "chrf", "distinct", "length"])
+    def test_a_score_that_grows_with_its_text_pays_its_own_change(self, use: str) -> None:
+        args: dict[str, Any] = {"target": 3} if use == "length" else {}
+        (made,) = build_rewards([RewardConfig(use=use, args=args, change=True, every="token", weight=0.5)])
+        (own,) = build_rewards([RewardConfig(use=use, args={**args, "change": True}, every="token", weight=0.5)])
+        (plain,) = build_rewards([RewardConfig(use=use, args=args, every="token")])
+        about = prompt(reference="a good movie")
+        changes, scores = (values(score(" good movie", one, about=about)) for one in (made, plain))
+        assert changes == values(score(" good movie", own, about=about))
+        assert len(changes) == len(scores) > 1
+        assert changes[1] == pytest.approx(scores[1] - scores[0])
+        assert (made.name, made.weight, plain.function.change) == (use, 0.5, False)
 
     def test_a_score_of_wrong_length_is_named(self) -> None:
         said = refusal(ir.change(lambda texts: [1.0] * (len(texts) + 1), batched=True, name="odd"))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from instant_reward.config_weight import WeightRule
-from instant_reward.rewards.base import Reward, as_reward, as_score
+from instant_reward.rewards.base import Reward, as_reward, as_score, own_settings
 from instant_reward.types import Every, Prompt, UserError, View
 
 
@@ -59,7 +60,8 @@ def change(
     """The change of ``score`` at each piece: its sum over a text is ``score(full) - score("")``.
 
     Args:
-        score: ``f(text) -> float``; with ``batched``, ``f(list of texts) -> list of floats``.
+        score: ``f(text) -> float``; with ``batched``, ``f(list of texts) -> list of floats``. Or one of the library's
+            scores that read each character once and can pay their own change, such as ``Rouge()``.
         every: where pieces end, as for ``ir.reward``.
         name: the source's name; the score's where it is not given.
         discount: per sampled token; 1 keeps the final score's gradient, less is a stated bias.
@@ -67,7 +69,17 @@ def change(
     Raises:
         UserError: where ``score`` takes anything but a text, or has a weight or another setting that would be lost.
     """
-    one = as_score(score, "ir.change compares scores of texts")
+    what = "ir.change compares scores of texts"
+    itself = as_reward(score)
+    if itself.takes == "state" and isinstance(getattr(itself.function, "change", None), bool):
+        if getattr(itself.function, "of", "text") != "text":
+            raise UserError(f"{what}, and '{itself.name}' rates pieces; make it with of='text'")
+        if lost := own_settings(itself):
+            raise UserError(f"{what}, and the {lost[0]} of '{itself.name}' would be lost; give it to ir.change")
+        changing = copy.copy(itself.function)
+        changing.change = True
+        return itself.but(function=changing, name=name or itself.name, every=every, weight=weight, discount=discount)
+    one = as_score(score, what)
     batched = batched or one.batched
     return Reward(
         function=Change(one.function, batched),
