@@ -20,6 +20,7 @@ from instant_reward.config import AlgorithmConfig
 from instant_reward.policies import layout
 from instant_reward.policies.causal import CausalPolicy
 from instant_reward.policies.optimizer import Optimization
+from instant_reward.policies.states import States
 from instant_reward.sampling.draw import Settings
 from instant_reward.types import Rollout
 
@@ -109,18 +110,22 @@ def test_any_split_is_one_step(loss: Callable[..., ir.LossOutput], normalise: lo
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_both_layouts_are_one_step(kind: models.Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Siblings behind one shared prompt and a row for each text have the same states, hence the same step."""
+    """Packed tokens, siblings behind one shared prompt, and a row for each text have the same states and step."""
     _, batch, _ = credited()
-    policy = models.policy(kind)  # any weights do, both layouts read the same ones
+    policy = models.policy(kind)  # any weights do, all read the same ones
     loss = losses.policy_gradient
     parts = [batch, batch.select([0, 1, 2]), batch.select([4, 9])]
     for part in parts:
+        packed, _ = gradient(policy, [part], loss)
+        monkeypatch.setattr("instant_reward.policies.states.trunk_of", lambda *_: None)
+        policy.states = States(policy.compute)
         monkeypatch.setattr(layout, "SHARED_LIMIT", 0)
         assert layout.lay_out(part).attention_mask is None
         plain, _ = gradient(policy, [part], loss)
+        assert same(packed, plain)
         values = policy(part)
         monkeypatch.setattr(layout, "SHARED_LIMIT", 10**6)
-        shared = layout._shared(part, layout._sibling_rows(part), 200)
+        shared = layout._shared(part, layout.sibling_rows(part), 200)
         monkeypatch.setattr("instant_reward.policies.states.lay_out", lambda _, shared=shared: shared)
         found, _ = gradient(policy, [part], loss)
         assert same(found, plain)
@@ -131,6 +136,7 @@ def test_both_layouts_are_one_step(kind: models.Kind, monkeypatch: pytest.Monkey
         if len(part) > 2:
             assert differ(gradient(policy, [part], loss)[0], plain), "siblings see each other"
         monkeypatch.undo()
+        policy.states = States(policy.compute)
 
 
 def test_the_cheaper_layout_is_taken() -> None:

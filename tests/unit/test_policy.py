@@ -25,10 +25,12 @@ from transformers import (
 )
 
 from instant_reward.batch import Batch, collate
+from instant_reward.data import to_prompts
 from instant_reward.policies import head, layout, states
 from instant_reward.policies.causal import CausalPolicy, load_policy
 from instant_reward.policies.head import Softmax, token_logprobs
 from instant_reward.policies.optimizer import Group, Optimization, Stepper
+from instant_reward.sampling.decoder import ModelDecoder
 from instant_reward.sampling.draw import Settings
 from instant_reward.sampling.engine import Engine
 from instant_reward.types import Needs, RunError, UserError
@@ -75,7 +77,8 @@ def policy(request: pytest.FixtureRequest) -> CausalPolicy:
 def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five rows of logits at a time, kept for the backward pass or not."""
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", 5 * len(shared_tokenizer()) + 1)
-    monkeypatch.setattr(head, "KEPT_ELEMENTS", 10**9 if request.param == "kept" else 0)
+    monkeypatch.setattr(head, "CACHED_ELEMENTS", 3 * len(shared_tokenizer()) + 1)
+    monkeypatch.setattr(head, "KEPT_BYTES", 10**9 if request.param == "kept" else 0)
 
 
 def random_ids(rows: int = ROWS, length: int = LENGTH) -> Tensor:
@@ -221,7 +224,8 @@ class TestHead:
         self, softmax: Softmax, bias: bool, rows_at_once: int, kept: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         count, width, words = 9, 6, 20
-        monkeypatch.setattr(head, "KEPT_ELEMENTS", kept)
+        monkeypatch.setattr(head, "KEPT_BYTES", kept)
+        monkeypatch.setattr(head, "CACHED_ELEMENTS", max(1, rows_at_once - 1) * words)
         monkeypatch.setattr(head, "CHUNK_ELEMENTS", rows_at_once * words)
         generator = torch.Generator().manual_seed(2)
         hidden, weight, shift = (
@@ -272,16 +276,23 @@ class TestHead:
 
 class TestLayouts:
     def assert_shared_equals_plain(self, policy: CausalPolicy, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Packed tokens, and the model's own pass over siblings behind one prompt, equal its pass over a row each."""
         assert layout.lay_out(batch).attention_mask is not None, "these rows should share their prompt"
-        shared = policy(batch)
+        packed = policy(batch)
         with monkeypatch.context() as patch:
+            patch.setattr(states, "trunk_of", lambda *_: None)
+            policy.states = states.States(policy.compute)
+            shared = policy(batch)
             patch.setattr(states, "lay_out", layout._plain)
             plain = policy(batch)
-        assert torch.allclose(shared.logprobs, plain.logprobs, **EXACT)
-        assert torch.allclose(shared.entropy, plain.entropy, **EXACT)  # type: ignore[arg-type]
+        policy.states = states.States(policy.compute)
         upstream = weights_of(plain.logprobs.shape)
-        found = gradients(policy.model, (upstream * shared.logprobs).sum())
-        assert_same_gradients(found, gradients(policy.model, (upstream * plain.logprobs).sum()))
+        expected = gradients(policy.model, (upstream * plain.logprobs).sum())
+        for output in (packed, shared):
+            assert torch.allclose(output.logprobs, plain.logprobs, **EXACT)
+            assert torch.allclose(output.entropy, plain.entropy, **EXACT)  # type: ignore[arg-type]
+            found = gradients(policy.model, (upstream * output.logprobs).sum())
+            assert_same_gradients(found, expected)
 
     def test_siblings_behind_one_prompt_equal_a_row_each(
         self, policy: CausalPolicy, monkeypatch: pytest.MonkeyPatch
@@ -442,6 +453,12 @@ class TestAdapters:
         assert torch.allclose(policy.logprobs(ids, mask), by_definition(policy.model, ids, mask), atol=1e-5)
 
 
+def what_it_says(engine: Engine) -> Tensor:
+    """The logits behind a few tokens."""
+    prompts = to_prompts([{"prompt": "the movie was"}], shared_tokenizer())
+    return engine.prefill(prompts)[1].clone()
+
+
 class TestPrecision:
     @pytest.fixture
     def half(self, tmp_path: Path) -> CausalPolicy:
@@ -468,27 +485,36 @@ class TestPrecision:
 
     def test_the_samplers_copy_follows_load(self, half: CausalPolicy) -> None:
         engine = Engine(half, Settings())
+        before = what_it_says(engine)
         with torch.no_grad():
             for parameter in half.model.parameters():
                 parameter.mul_(1.5)
-        copies, masters = dict(engine._model.named_parameters()), dict(half.model.named_parameters())
-        assert copies.keys() == masters.keys()
-        assert not any(torch.equal(copies[name], master.bfloat16()) for name, master in masters.items())
+        stale = what_it_says(engine)
+        assert torch.equal(stale, before)  # until it is told, it decodes with what it had
         engine.load(half, version=1)
+        assert torch.equal(what_it_says(engine), what_it_says(Engine(half, Settings())))
+        assert not torch.allclose(what_it_says(engine), before, atol=0.1)
+
+    def test_a_model_of_an_unknown_shape_is_decoded_by_its_own_pass_over_a_copy(self, half: CausalPolicy) -> None:
+        decoder = ModelDecoder(half.model, torch.bfloat16)
+        copies, masters = dict(decoder.model.named_parameters()), dict(half.model.named_parameters())
+        with torch.no_grad():
+            for parameter in half.model.parameters():
+                parameter.mul_(1.5)
+        assert not any(torch.equal(copies[name], master.bfloat16()) for name, master in masters.items())
+        decoder.load(half.model)
         for name, master in masters.items():
             assert copies[name].dtype == torch.bfloat16
             assert torch.equal(copies[name], master.bfloat16()), name
-
-    def test_tied_weights_stay_tied_in_the_samplers_copy(self, tmp_path: Path) -> None:
-        half = load_policy(str(tiny_folder(tmp_path / "tied", tied_llama().float())), "bfloat16")
-        model = Engine(half, Settings())._model
-        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-    def test_rotary_frequencies_stay_exact_in_the_samplers_copy(self, half: CausalPolicy) -> None:
         buffers = dict(half.model.named_buffers())
         assert "model.rotary_emb.inv_freq" in buffers
-        for name, copied in Engine(half, Settings())._model.named_buffers():
+        for name, copied in decoder.model.named_buffers():  # rotary frequencies stay exact
             assert torch.equal(copied, buffers[name]), name
+
+    def test_tied_weights_stay_tied_in_that_copy(self, tmp_path: Path) -> None:
+        half = load_policy(str(tiny_folder(tmp_path / "tied", tied_llama().float())), "bfloat16")
+        model = ModelDecoder(half.model, torch.bfloat16).model
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
     def test_the_samplers_log_probabilities_are_close_to_the_trainers(self, half: CausalPolicy) -> None:
         batch = collate(half.sample(["the movie was", "a"], per_prompt=4, max_new_tokens=24))
@@ -496,9 +522,17 @@ class TestPrecision:
         assert float(gap.mean()) < 0.05
         assert float(gap.max()) < 0.5
 
-    def test_without_bfloat16_the_sampler_reads_the_policys_own_weights(self) -> None:
-        policy = tiny_policy()
-        assert Engine(policy, Settings())._model is policy.model
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_without_bfloat16_too_it_decodes_with_what_was_loaded(self, dtype: torch.dtype) -> None:
+        policy = CausalPolicy(tiny_llama(dtype=dtype), shared_tokenizer(), dtype)
+        engine = Engine(policy, Settings())
+        before = what_it_says(engine)
+        with torch.no_grad():
+            for parameter in policy.model.parameters():
+                parameter.mul_(1.5)
+        assert torch.equal(what_it_says(engine), before)
+        engine.load(policy, version=1)
+        assert torch.equal(what_it_says(engine), what_it_says(Engine(policy, Settings())))
 
     def test_an_unknown_dtype_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="dtype='float16' is unknown; use one of auto, float32, bfloat16, float64"):

@@ -31,6 +31,7 @@ from instant_reward.policies.load import (
     load_model,
     with_lora,
 )
+from instant_reward.policies.memory import keep_freed_memory
 from instant_reward.policies.optimizer import Group, Optimization, Stepper
 from instant_reward.policies.states import States, on_tokens, trunk
 from instant_reward.types import CriticNeed, Message, Needs, PolicyOutput, Rollout, UserError
@@ -211,6 +212,8 @@ class CausalPolicy:
 
     def prepare(self, settings: Optimization, needs: Needs | None = None) -> None:
         """Makes the optimizer and what an algorithm needs besides: reference, critic, teacher."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.needs = needs or Needs()
         self.critic = self.teacher = self.reference = None
         self.states = States(self.compute)  # which knows none of the models that are no more

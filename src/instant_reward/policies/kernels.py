@@ -15,30 +15,35 @@ from torch import Tensor
 
 
 class Linear(torch.autograd.Function):
-    """``x @ weight.T + bias`` by a bfloat16 copy of a float32 weight, whose gradient is float32.
+    """``x @ weight.T + bias`` of layers that read the same input, by one bfloat16 copy of their float32 weights.
 
-    Args of ``apply``: ``x [T, I]`` (bfloat16), ``weight`` and ``bias`` (the parameters), ``shadow`` (the copy of the
-    weight), and whether the weight is stored ``[I, O]`` and not ``[O, I]``.
+    The gradients of the weights are float32. Args of ``apply``: ``x [T, I]`` (bfloat16); ``shadow``, the weights'
+    copies one behind the other, ``[O, I]``; whether the weights are stored ``[I, O]``; and the parameters: the weights,
+    then the biases, or none. Returns ``[T, O]``.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shadow: Tensor, flipped: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, shadow: Tensor, flipped: bool, layers: int, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(x, shadow)
-        ctx.flipped, ctx.biased, ctx.wide = flipped, bias is not None, weight.dtype
-        matrix = shadow.t() if flipped else shadow
-        return torch.nn.functional.linear(x, matrix, None if bias is None else bias.to(x.dtype))
+        ctx.flipped, ctx.layers, ctx.wide = flipped, layers, parameters[0].dtype
+        ctx.sizes = [weight.shape[1 if flipped else 0] for weight in parameters[:layers]]
+        bias = torch.cat(parameters[layers:]).to(x.dtype) if len(parameters) > layers else None
+        ctx.biased = bias is not None
+        return torch.nn.functional.linear(x, shadow, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, shadow = ctx.saved_tensors
-        to_x = to_weight = to_bias = None
-        if ctx.needs_input_grad[0]:
-            to_x = gradient @ (shadow.t() if ctx.flipped else shadow)
-        if ctx.needs_input_grad[1]:
-            to_weight = (x.t() @ gradient if ctx.flipped else gradient.t() @ x).to(ctx.wide)
-        if ctx.biased and ctx.needs_input_grad[2]:
-            to_bias = gradient.to(ctx.wide).sum(0)
-        return to_x, to_weight, to_bias, None, None
+        to_x = gradient @ shadow if ctx.needs_input_grad[0] else None
+        found: list[Tensor | None] = [None] * (ctx.layers * (2 if ctx.biased else 1))
+        if any(ctx.needs_input_grad[4 : 4 + ctx.layers]):
+            joined = gradient.t() @ x
+            for number, some in enumerate(torch.split(joined, ctx.sizes)):
+                wide = some.to(ctx.wide)
+                found[number] = wide.t() if ctx.flipped else wide
+        if ctx.biased:
+            found[ctx.layers :] = torch.split(gradient.to(ctx.wide).sum(0), ctx.sizes)
+        return to_x, None, None, None, *found
 
 
 class RootMeanSquare(torch.autograd.Function):
@@ -68,19 +73,26 @@ class RootMeanSquare(torch.autograd.Function):
 
 
 class Gated(torch.autograd.Function):
-    """``silu(gate) * up``: of its inputs only they are kept. Source: Shazeer, "GLU Variants" (2020), SwiGLU."""
+    """``silu(gate) * up`` of ``[T, 2 F]``, the gate before the other; of its input only that is kept.
+
+    Source: Shazeer, "GLU Variants Improve Transformer" (2020), SwiGLU.
+    """
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        gate, up = both.chunk(2, -1)
         return torch.nn.functional.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        to_up = torch.nn.functional.silu(gate).mul_(gradient)
-        to_gate = torch.ops.aten.silu_backward(gradient * up, gate)
-        return to_gate, to_up
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors
+        gate, up = both.chunk(2, -1)
+        found = torch.empty_like(both)
+        to_gate, to_up = found.chunk(2, -1)
+        torch.mul(torch.nn.functional.silu(gate), gradient, out=to_up)
+        to_gate.copy_(torch.ops.aten.silu_backward(gradient * up, gate))
+        return found
 
 
 @dataclass(frozen=True)
@@ -105,79 +117,79 @@ class Rows:
         return Rows(*(part.to(device) for part in parts))
 
 
-def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, wide: torch.dtype) -> Tensor:
+def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """Rotary positions: the two halves of each head turned by the token's angles.
 
     Args:
-        x: ``[T, H, d]``; cos, sin: ``[T, 1, d / 2]`` in the wide dtype, None for a model without.
+        x: ``[T, H, d]``; cos, sin: ``[T, 1, d / 2]`` in its dtype, None for a model without: ``x`` is handed back.
 
     Source: Su et al., "RoFormer" (2021), equation 34, with the halves as Llama's weights have them.
     """
     if cos is None or sin is None:
-        return x.to(wide)
+        return x
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
-    turned = torch.empty(x.shape, dtype=wide, device=x.device)
+    turned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     torch.mul(first, cos, out=turned[..., :half]).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=turned[..., half:]).addcmul_(first, sin)
     return turned
 
 
-class Attention(torch.autograd.Function):
-    """Softmax attention of packed tokens by rows, rotary positions included; it keeps ``q``, ``k`` and ``v`` alone.
+def parted(qkv: Tensor, heads: int, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries ``[T, H, d]`` and keys ``[T, G, d]`` turned by their angles, and values ``[T, G, d]``, in wide dtype."""
+    wide = qkv.to(_wide(qkv))
+    groups = (wide.shape[1] - heads) // 2
+    turned = rotate(wide[:, : heads + groups], cos, sin)
+    return turned[:, :heads], turned[:, heads:], wide[:, heads + groups :]
 
-    Args of ``apply``: ``q [T, H, d]``, ``k`` and ``v`` ``[T, G, d]`` (G divides H: heads share keys), ``cos`` and
-    ``sin`` (see ``rotate``), the ``rows``, and the scale of the scores. Returns ``[T, H, d]`` in the dtype of ``q``.
+
+class Attention(torch.autograd.Function):
+    """Softmax attention of packed tokens by rows, rotary positions included; it keeps its input alone.
+
+    Args of ``apply``: ``qkv [T, H + 2 G, d]``, the heads' queries, then keys, then values (G divides H: heads share
+    keys); H; ``cos`` and ``sin`` (see ``rotate``); the ``rows``. Returns ``[T, H, d]`` in the dtype of ``qkv``.
 
     Source: Vaswani et al., "Attention Is All You Need" (2017), equation 1; Ainslie et al., "GQA" (2023).
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        rows: Sequence[Rows],
-        scale: float,
+        ctx: Any, qkv: Tensor, heads: int, cos: Tensor | None, sin: Tensor | None, rows: Sequence[Rows]
     ) -> Tensor:
-        wide = _wide(q)
-        query, key, value = rotate(q, cos, sin, wide), rotate(k, cos, sin, wide), v.to(wide)
-        out = torch.empty_like(q)
+        query, key, value = parted(qkv, heads, cos, sin)
+        out = torch.empty(query.shape, dtype=qkv.dtype, device=qkv.device)
         for one in rows:
-            chances = _chances(query, key, one, scale)
-            heard = chances @ value[one.keys].transpose(1, 2)  # [R, G, (H / G) * S, d]
+            heard = _chances(query, key, one) @ value[one.keys].transpose(1, 2)  # [R, G, (H / G) * S, d]
             _scatter(out, heard, one)
-        ctx.save_for_backward(q, k, v, cos, sin)
-        ctx.rows, ctx.scale = rows, scale
+        ctx.save_for_backward(qkv, cos, sin)
+        ctx.heads, ctx.rows = heads, rows
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, cos, sin = ctx.saved_tensors
-        wide = _wide(q)
-        query, key, value = rotate(q, cos, sin, wide), rotate(k, cos, sin, wide), v.to(wide)
-        to_query, to_key, to_value = (torch.zeros_like(one) for one in (query, key, value))
-        gradient = gradient.to(wide)
+        qkv, cos, sin = ctx.saved_tensors
+        query, key, value = parted(qkv, ctx.heads, cos, sin)
+        groups, size = key.shape[1:]
+        total = torch.zeros(qkv.shape, dtype=query.dtype, device=qkv.device)
+        to_query, to_key, to_value = torch.split(total, [ctx.heads, groups, groups], 1)
+        gradient = gradient.to(query.dtype)
         for one in ctx.rows:
-            chances = _chances(query, key, one, ctx.scale)
-            upstream = _by_key_head(gradient, one, key.shape[1])
-            empty = torch.ones(one.queries.numel(), dtype=torch.bool, device=q.device)
+            chances = _chances(query, key, one)
+            upstream = _by_key_head(gradient, one, groups)
+            empty = torch.ones(one.queries.numel(), dtype=torch.bool, device=qkv.device)
             empty[one.places] = False  # what stands where no token is must not be learned from
-            grouped = upstream.view(*upstream.shape[:2], -1, *one.queries.shape[1:], upstream.shape[-1])
+            grouped = upstream.view(*upstream.shape[:2], -1, *one.queries.shape[1:], size)
             grouped.masked_fill_(empty.view(len(one.queries), 1, 1, -1, 1), 0.0)
             values, keys = value[one.keys].transpose(1, 2), key[one.keys].transpose(1, 2)
             _gather_back(to_value, chances.transpose(-1, -2) @ upstream, one)
             slope = upstream @ values.transpose(-1, -2)
-            slope.sub_((slope * chances).sum(-1, keepdim=True)).mul_(chances).mul_(ctx.scale)
+            slope.sub_((slope * chances).sum(-1, keepdim=True)).mul_(chances).mul_(size**-0.5)
             _scatter(to_query, slope @ keys, one)
-            _gather_back(to_key, slope.transpose(-1, -2) @ _by_key_head(query, one, key.shape[1]), one)
-        back = None if sin is None else -sin
-        to_q = rotate(to_query, cos, back, wide).to(q.dtype)
-        to_k = rotate(to_key, cos, back, wide).to(k.dtype)
-        return to_q, to_k, to_value.to(v.dtype), None, None, None, None
+            _gather_back(to_key, slope.transpose(-1, -2) @ _by_key_head(query, one, groups), one)
+        if sin is not None:
+            turned = total[:, : ctx.heads + groups]
+            turned.copy_(rotate(turned, cos, -sin))
+        return total.to(qkv.dtype), None, None, None, None
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -191,10 +203,10 @@ def _by_key_head(x: Tensor, rows: Rows, heads: int) -> Tensor:
     return some.view(count, width, heads, -1, size).permute(0, 2, 3, 1, 4).reshape(count, heads, -1, size)
 
 
-def _chances(query: Tensor, key: Tensor, rows: Rows, scale: float) -> Tensor:
+def _chances(query: Tensor, key: Tensor, rows: Rows) -> Tensor:
     """``[R, G, (H / G) * S, W]``: what each query gives to each key."""
     queries = _by_key_head(query, rows, key.shape[1])
-    scores = (queries @ key[rows.keys].permute(0, 2, 3, 1)).mul_(scale)
+    scores = (queries @ key[rows.keys].permute(0, 2, 3, 1)).mul_(query.shape[-1] ** -0.5)
     count, width = rows.queries.shape
     split = scores.view(count, key.shape[1], -1, width, scores.shape[-1])
     split.masked_fill_(~rows.look[:, None, None], -torch.inf)

@@ -13,12 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from instant_reward.policies.kernels import Attention, Gated, Linear, RootMeanSquare, Rows
 
-# Attends in a layer: (its number, q [T, H, d], k and v [T, G, d], cos and sin [T, 1, d / 2] or None) -> [T, H, d]
-Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
-Product = Callable[[Tensor], tuple[Tensor, ...]]  # x [T, I] -> what each of some layers makes of it, [T, O]
+# Attends in a layer: (its number, qkv [T, H + 2 G, d], cos and sin [T, 1, d / 2] or None) -> [T, H, d]
+Attend = Callable[[int, Tensor, Tensor | None, Tensor | None], Tensor]
+Product = Callable[[Tensor], Tensor]  # x [T, I] -> what some layers make of it, one behind the other, [T, O]
 LLAMA_SHAPED = ("llama", "mistral", "qwen2", "qwen3")
 PROBE = 5
 
@@ -38,11 +39,16 @@ class Trunk:
     Args:
         base: the transformers model without its head; its weights are read at every call.
         products: computes its linear layers.
+
+    Attributes:
+        heads: H, of queries.
+        wide: the dtype of the residual stream.
     """
 
     def __init__(self, base: Any, products: Products) -> None:
         self.base, self.products = base, products
         self.norm_dtype = products.dtype
+        self.heads = int(base.config.num_attention_heads)
         first = next(base.parameters())
         self.wide = torch.float64 if first.dtype == torch.float64 else torch.float32
 
@@ -53,8 +59,8 @@ class Trunk:
     def causal(self, ids: Tensor, positions: Tensor, rows: Sequence[Rows]) -> Tensor:
         """The states where attention goes by ``rows``, with gradient."""
 
-        def attend(_: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-            heard: Tensor = Attention.apply(q, k, v, cos, sin, rows, q.shape[-1] ** -0.5)  # type: ignore[no-untyped-call]
+        def attend(_: int, qkv: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+            heard: Tensor = Attention.apply(qkv, self.heads, cos, sin, rows)  # type: ignore[no-untyped-call]
             return heard
 
         return self(ids, positions, attend)
@@ -77,15 +83,16 @@ class LlamaShaped(Trunk):
         x = _embedded(self.base.embed_tokens, ids)
         cos, sin = self._angles(positions)
         for number, layer in enumerate(self.base.layers):
-            queries, keys, values = self.inputs[number](_rms(layer.input_layernorm, x, self.norm_dtype))
-            q, k, v = (one.view(len(x), -1, self.size) for one in (queries, keys, values))
+            qkv = self.inputs[number](_rms(layer.input_layernorm, x, self.norm_dtype)).view(len(x), -1, self.size)
             if hasattr(layer.self_attn, "q_norm"):
-                q, k = _rms(layer.self_attn.q_norm, q, q.dtype), _rms(layer.self_attn.k_norm, k, k.dtype)
-            heard = attend(number, q, k, v, cos, sin).reshape(len(x), -1)
-            x = x + self.outputs[number](heard)[0]
-            gate, up = self.opening[number](_rms(layer.post_attention_layernorm, x, self.norm_dtype))
-            inner: Tensor = Gated.apply(gate, up)  # type: ignore[no-untyped-call]
-            x = x + self.closing[number](inner)[0]
+                groups = (qkv.shape[1] - self.heads) // 2
+                q, k, v = torch.split(qkv, [self.heads, groups, groups], 1)
+                norms = layer.self_attn.q_norm, layer.self_attn.k_norm
+                qkv = torch.cat([_rms(norms[0], q, q.dtype), _rms(norms[1], k, k.dtype), v], 1)
+            x = x + self.outputs[number](attend(number, qkv, cos, sin).reshape(len(x), -1))
+            both = self.opening[number](_rms(layer.post_attention_layernorm, x, self.norm_dtype))
+            inner: Tensor = Gated.apply(both)  # type: ignore[no-untyped-call]
+            x = x + self.closing[number](inner)
         return _rms(self.base.norm, x, self.norm_dtype)
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +107,6 @@ class Gpt2Shaped(Trunk):
 
     def __init__(self, base: Any, products: Products) -> None:
         super().__init__(base, products)
-        self.heads = base.config.num_attention_heads
         self.inputs = [products.of([block.attn.c_attn]) for block in base.h]
         self.outputs = [products.of([block.attn.c_proj]) for block in base.h]
         self.opening = [products.of([block.mlp.c_fc]) for block in base.h]
@@ -110,11 +116,10 @@ class Gpt2Shaped(Trunk):
         """See ``Trunk``."""
         x = _embedded(self.base.wte, ids) + _embedded(self.base.wpe, positions)
         for number, block in enumerate(self.base.h):
-            joined = self.inputs[number](block.ln_1(x).to(self.norm_dtype))[0]
-            q, k, v = joined.view(len(x), 3, self.heads, -1).unbind(1)
-            x = x + self.outputs[number](attend(number, q, k, v, None, None).reshape(len(x), -1))[0]
-            inner = block.mlp.act(self.opening[number](block.ln_2(x).to(self.norm_dtype))[0])
-            x = x + self.closing[number](inner)[0]
+            qkv = self.inputs[number](block.ln_1(x).to(self.norm_dtype)).view(len(x), 3 * self.heads, -1)
+            x = x + self.outputs[number](attend(number, qkv, None, None).reshape(len(x), -1))
+            inner = block.mlp.act(self.opening[number](block.ln_2(x).to(self.norm_dtype)))
+            x = x + self.closing[number](inner)
         states: Tensor = self.base.ln_f(x).to(self.norm_dtype)
         return states
 
@@ -134,30 +139,54 @@ class Trained:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._shadows: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._shadows: dict[tuple[int, ...], _Shadow] = {}
 
     def of(self, layers: Sequence[Any]) -> Product:
         """See ``Products``."""
-        return lambda x: tuple(self._product(layer, x) for layer in layers)
+        flipped = not isinstance(layers[0], torch.nn.Linear)
 
-    def _product(self, layer: Any, x: Tensor) -> Tensor:
-        weight, bias, flipped = layer.weight, layer.bias, not isinstance(layer, torch.nn.Linear)
-        if self.dtype == weight.dtype:
-            return functional.linear(x, weight.t() if flipped else weight, bias)
-        product: Tensor = Linear.apply(x, weight, bias, self.shadow(weight), flipped)  # type: ignore[no-untyped-call]
+        def product(x: Tensor) -> Tensor:
+            weights = [layer.weight for layer in layers]
+            biases = [layer.bias for layer in layers if layer.bias is not None]
+            if self.dtype == weights[0].dtype:
+                found = [functional.linear(x, one.t() if flipped else one) for one in weights]
+                joined = found[0] if len(found) == 1 else torch.cat(found, -1)
+                return joined + torch.cat(biases) if biases else joined
+            shadow = self._shadow(weights, flipped)
+            made: Tensor = Linear.apply(x, shadow, flipped, len(weights), *weights, *biases)  # type: ignore[no-untyped-call]
+            return made
+
         return product
 
     def shadow(self, weight: Tensor) -> Tensor:
         """A weight in the products' dtype, as it is now; without gradient."""
-        if weight.dtype == self.dtype:
-            return weight.detach()
-        _, version, copy = self._shadows.get(id(weight), (None, -1, None))
-        if copy is None:
-            copy = weight.detach().to(self.dtype)
-        elif version != weight._version:
-            copy.copy_(weight.detach())
-        self._shadows[id(weight)] = (weight, weight._version, copy)  # with the weight, whose id is then no other's
-        return copy
+        return weight.detach() if weight.dtype == self.dtype else self._shadow([weight], False)
+
+    def _shadow(self, weights: Sequence[Tensor], flipped: bool) -> Tensor:
+        key = tuple(map(id, weights))
+        if key not in self._shadows:
+            self._shadows[key] = _Shadow(weights, flipped, self.dtype)
+        return self._shadows[key].now()
+
+
+class _Shadow:
+    """Copies of weights in another dtype, one behind the other, ``[O, I]``; it keeps the weights, whose ids it has."""
+
+    def __init__(self, weights: Sequence[Tensor], flipped: bool, dtype: torch.dtype) -> None:
+        self.weights = [weight.detach().t() if flipped else weight.detach() for weight in weights]
+        self.versions = [-1] * len(self.weights)
+        self.joined = torch.empty(
+            sum(len(one) for one in self.weights), self.weights[0].shape[1], dtype=dtype, device=weights[0].device
+        )
+
+    def now(self) -> Tensor:
+        """As the weights are now: what changed since the last call is copied again."""
+        parts = torch.split(self.joined, [len(weight) for weight in self.weights])
+        for number, (part, weight) in enumerate(zip(parts, self.weights, strict=True)):
+            if self.versions[number] != weight._version:  # a detached tensor shares its count of changes in place
+                part.copy_(weight)
+                self.versions[number] = weight._version
+        return self.joined
 
 
 def trunk_of(base: Any, products: Products) -> Trunk | None:
@@ -171,10 +200,15 @@ def trunk_of(base: Any, products: Products) -> Trunk | None:
     return made if _same(base, exact) else None
 
 
+def is_linear(module: Any) -> bool:
+    """Whether it is a plain linear layer, of torch or as GPT-2 has it; an adapter around one is not."""
+    return type(module) in (torch.nn.Linear, Conv1D)
+
+
 def _plain(base: Any) -> bool:
     """Whether the layers are the library's own (no adapter), every token looks at all before it, and all is kept."""
     layers = [one for name, one in base.named_modules() if name.endswith(("proj", "c_fc", "c_attn"))]
-    linear = all(type(one).__name__ in ("Linear", "Conv1D") for one in layers)
+    linear = all(is_linear(one) for one in layers)
     config = base.config
     slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     return linear and not slides

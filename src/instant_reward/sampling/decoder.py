@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache
 
-from instant_reward.policies.kernels import Attention, rotate
+from instant_reward.policies.kernels import Attention, parted
 from instant_reward.policies.packed import rows_of
-from instant_reward.policies.trunk import Product, Trunk, trunk_of
+from instant_reward.policies.trunk import Product, Trunk, is_linear, trunk_of
 from instant_reward.sampling.slots import Filled, SlotCache
 
 PACKED_ROWS = 32  # the matrices are packed for products with about so many rows
@@ -50,9 +50,9 @@ class TrunkDecoder:
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
         base = getattr(model, model.base_model_prefix)
-        linear = [one.weight for one in base.modules() if type(one).__name__ in ("Linear", "Conv1D")]
+        linear = [one.weight for one in base.modules() if is_linear(one)]
         # The twin has norms, embeddings and biases of its own; its linear weights are the model's, to be packed.
-        self.twin = copy.deepcopy(base, {id(weight): weight for weight in linear}).requires_grad_(False)
+        self.twin = copy.deepcopy(base, {id(weight): weight for weight in linear})
         self.products = _Packed(dtype)
         trunk = trunk_of(self.twin, self.products)
         assert trunk is not None, "trunk_of does not know this model"
@@ -86,9 +86,10 @@ class TrunkDecoder:
         positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(device)
         kept: list[tuple[Tensor, Tensor]] = []
 
-        def attend(_: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-            kept.append((rotate(k, cos, sin, self._kept(k)), v.to(self._kept(v))))
-            heard: Tensor = Attention.apply(q, k, v, cos, sin, rows, q.shape[-1] ** -0.5)  # type: ignore[no-untyped-call]
+        def attend(_: int, qkv: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+            keys, values = parted(qkv, self.trunk.heads, cos, sin)[1:]
+            kept.append((keys.to(self._kept(qkv)), values.to(self._kept(qkv))))
+            heard: Tensor = Attention.apply(qkv, self.trunk.heads, cos, sin, rows)  # type: ignore[no-untyped-call]
             return heard
 
         states = self.trunk(ids, positions, attend)
@@ -104,19 +105,20 @@ class TrunkDecoder:
         positions, look = cache.advance(device)
         hidden = torch.zeros(look.shape, device=device).masked_fill_(~look, -torch.inf)
 
-        def attend(number: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-            kept = self._kept(q)
-            keys, values = cache.write(number, rotate(k, cos, sin, kept), v)
-            groups, size = k.shape[1:]
-            queries = rotate(q, cos, sin, kept).mul_(size**-0.5).view(len(q), groups, -1, size)
+        def attend(number: int, qkv: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+            asking, key, value = parted(qkv, self.trunk.heads, cos, sin)
+            keys, values = cache.write(number, torch.stack([key, value], 1).to(self._kept(qkv)))
+            count, groups, size = key.shape
+            queries = (asking * size**-0.5).to(keys.dtype).view(count, groups, -1, size)
             scores = (queries @ keys.transpose(-1, -2)).add_(hidden)
-            return (scores.softmax(-1) @ values).view(q.shape).to(q.dtype)
+            heard: Tensor = scores.softmax(-1) @ values
+            return heard.view(asking.shape).to(qkv.dtype)
 
         return self.trunk(tokens.to(device), positions.squeeze(1), attend)
 
     def head(self, states: Tensor) -> Tensor:
         """See ``Decoder``."""
-        return self._head(states)[0]
+        return self._head(states)
 
     def _device(self) -> torch.device:
         return next(self.twin.parameters()).device  # type: ignore[no-any-return]
@@ -145,7 +147,6 @@ class _Joined:
     def __init__(self, layers: Sequence[Any], dtype: torch.dtype) -> None:
         self.layers, self.dtype = list(layers), dtype
         weights = [self._matrix(layer) for layer in self.layers]
-        self.sizes = [len(weight) for weight in weights]
         self.packs = (
             weights[0].device.type == "cpu"
             and dtype in (torch.float32, torch.bfloat16)
@@ -168,14 +169,13 @@ class _Joined:
             shared = joined.data_ptr() == self._matrix(self.layers[0]).data_ptr()
             self.weight = joined.clone() if shared else joined
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What each layer makes of ``x [T, I]``."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the layers make of ``x [T, I]``, one behind the other."""
         assert self.weight is not None, "load the weights first"
         if self.packs:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        else:
-            y = functional.linear(x, self.weight, self.bias)
-        return torch.split(y, self.sizes, -1) if len(self.sizes) > 1 else (y,)
+            found: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            return found
+        return functional.linear(x, self.weight, self.bias)
 
     @staticmethod
     def _matrix(layer: Any) -> Tensor:

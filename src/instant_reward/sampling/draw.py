@@ -98,13 +98,14 @@ def draw(
         logits = logits.masked_fill_(logits < lowest, -torch.inf)
     if settings.top_p < 1.0:
         logits = _keep_likeliest(logits, settings.top_p)
-    cumulative = (logits - highest).exp_().cumsum_(-1)
+    logits = logits.sub_(highest)
+    cumulative = logits.exp().cumsum_(-1)
     total = cumulative[:, -1]
     # Strictly below the total, so that the first larger entry exists and has a probability of its own.
     target = torch.minimum(uniform.to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
     tokens = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1)
     chosen = logits.gather(1, tokens[:, None]).squeeze(1)
-    return tokens, chosen - highest.squeeze(1) - total.log()
+    return tokens, chosen - total.log()
 
 
 def _keep_likeliest(logits: Tensor, top_p: float) -> Tensor:

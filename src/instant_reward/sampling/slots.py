@@ -13,7 +13,7 @@ Filled = list[list[tuple[Tensor, Tensor]]]
 
 
 class SlotCache(Cache):
-    """Keys and values ``[slots, heads, width, size]`` per layer, allocated once.
+    """Keys and values, ``[2, slots, heads, width, size]`` per layer, allocated once.
 
     Active texts are the first ``count`` slots. ``lengths[i]`` tokens of slot ``i`` are filled; the next token is
     written behind them, wherever that is in each row.
@@ -22,8 +22,7 @@ class SlotCache(Cache):
     def __init__(self, slots: int, width: int, layers: int) -> None:
         super().__init__(layers=[])
         self.slots, self.width = slots, width
-        self.keys: list[Tensor | None] = [None] * layers
-        self.values: list[Tensor | None] = [None] * layers
+        self.pairs: list[Tensor | None] = [None] * layers
         self.lengths = torch.zeros(slots, dtype=torch.long)
         self.count = 0
         self._rows = torch.zeros(0, dtype=torch.long)
@@ -34,13 +33,12 @@ class SlotCache(Cache):
         """Copies the keys and values of one prefilled prompt into the next ``copies`` slots."""
         first, last = self.count, self.count + copies
         length = len(prompt[0][0])
-        for layer, filled in enumerate(prompt):
-            for store, source in zip((self.keys, self.values), filled, strict=True):
-                if store[layer] is None:
-                    store[layer] = source.new_zeros(self.slots, source.shape[1], self.width, source.shape[2])
-                target = store[layer]
-                assert target is not None
-                target[first:last, :, :length] = source.transpose(0, 1)
+        for layer, (keys, values) in enumerate(prompt):
+            if self.pairs[layer] is None:
+                self.pairs[layer] = keys.new_zeros(2, self.slots, keys.shape[1], self.width, keys.shape[2])
+            pair = self._pair(layer)
+            pair[0, first:last, :, :length] = keys.transpose(0, 1)
+            pair[1, first:last, :, :length] = values.transpose(0, 1)
         self.lengths[first:last] = length
         self.count = last
 
@@ -49,10 +47,9 @@ class SlotCache(Cache):
         last = self.count - 1
         if slot != last:
             length = int(self.lengths[last])
-            for store in (self.keys, self.values):
-                for tensor in store:
-                    assert tensor is not None
-                    tensor[slot, :, :length] = tensor[last, :, :length]
+            for layer in range(len(self.pairs)):
+                pair = self._pair(layer)
+                pair[:, slot, :, :length] = pair[:, last, :, :length]
             self.lengths[slot] = self.lengths[last]
         self.count = last
 
@@ -73,16 +70,18 @@ class SlotCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """``write`` as a transformers model calls it in every layer, with ``[R, heads, 1, size]``."""
-        return self.write(layer_idx, key_states[:, :, 0], value_states[:, :, 0])
+        return self.write(layer_idx, torch.stack([key_states[:, :, 0], value_states[:, :, 0]], 1))
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes one token a row, ``[R, heads, size]``; hands back what rows may look at, ``[R, heads, W, size]``."""
-        keys, values = self.keys[layer], self.values[layer]
-        assert keys is not None, "prefill a prompt before decoding"
-        assert values is not None, "prefill a prompt before decoding"
-        keys[self._rows, :, self._at] = key
-        values[self._rows, :, self._at] = value.to(values.dtype)
-        return keys[: self.count, :, : self._visible], values[: self.count, :, : self._visible]
+    def write(self, layer: int, pair: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes a key and value a row, ``[R, 2, heads, size]``; hands back what rows see, ``[R, heads, W, size]``."""
+        kept = self._pair(layer)
+        kept[:, self._rows, :, self._at] = pair
+        return kept[0, : self.count, :, : self._visible], kept[1, : self.count, :, : self._visible]
+
+    def _pair(self, layer: int) -> Tensor:
+        pair = self.pairs[layer]
+        assert pair is not None, "prefill a prompt before decoding"
+        return pair
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The longest row."""
