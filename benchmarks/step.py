@@ -1,11 +1,15 @@
 """One training step against TRL's GRPOTrainer: the same model, prompts, reward, group size, lengths and threads.
 
     python benchmarks/step.py                       (needs the extra "bench", or --peer-python with trl in it)
-    python benchmarks/step.py --rounds 3 --steps 4
+    python benchmarks/step.py --tokens 128 --sides ours trl
 
-Each side runs in a process of its own, in turns (ours, TRL, ours, TRL, ...): a noisy machine is noisy to both. A
-process takes one step to warm up and then `--steps` timed ones. What counts is the ratio of the medians. TRL runs as it
-comes and with gradient checkpointing switched off; the ratio is taken against the faster of the two.
+Each side runs in a process of its own, in turns: a noisy machine is noisy to all. A process takes one step to warm up
+and then `--steps` timed ones. What counts is the ratio of the medians, and of the processes' peak memory. The sides:
+
+    ours, ours_float32             as it comes (dtype auto), and in float32
+    trl                            as it comes: float32, gradient checkpointing on
+    trl_no_checkpointing           the same with checkpointing off
+    trl_bfloat16                   weights in bfloat16, checkpointing off: its fastest setting on a processor
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -33,7 +38,20 @@ OPENINGS = [
     "When I first saw a glimpse of this",
     "Who are these people and why did they",
 ]
-RESULT = Path(__file__).parent / "results" / "step.json"
+RESULTS = Path(__file__).parent / "results"
+SIDES = ("ours", "trl", "ours_float32", "trl_no_checkpointing", "trl_bfloat16")
+SAID = {
+    "ours": "instant-reward as it comes",
+    "ours_float32": "instant-reward, float32",
+    "trl": "TRL as it comes (float32)",
+    "trl_no_checkpointing": "TRL, float32, gradient checkpointing off",
+    "trl_bfloat16": "TRL, weights in bfloat16, checkpointing off",
+}
+GOALS = {  # (whose time, over whose): the ratio to reach
+    ("trl", "ours"): 4.0,
+    ("trl_bfloat16", "ours"): 3.0,
+    ("trl_no_checkpointing", "ours_float32"): 1.8,
+}
 
 
 def reward(completions: list[str], **_: object) -> list[float]:
@@ -41,7 +59,7 @@ def reward(completions: list[str], **_: object) -> list[float]:
     return [sum(character in "aeiou" for character in text) / max(1, len(text)) for text in completions]
 
 
-def time_ours(options: argparse.Namespace, out: str) -> list[float]:
+def time_ours(options: argparse.Namespace, out: str, dtype: str) -> list[float]:
     import torch
 
     import instant_reward as ir
@@ -58,13 +76,13 @@ def time_ours(options: argparse.Namespace, out: str) -> list[float]:
         max_new_tokens=options.tokens,
         min_new_tokens=options.tokens,
         learning_rate=1e-6,
-        dtype="float32",
+        dtype=dtype,
         out=out,
     )
     return [row["time/sampling"] + row["time/learning"] for row in run.metrics[1:]]
 
 
-def time_trl(options: argparse.Namespace, out: str, checkpointing: bool) -> list[float]:
+def time_trl(options: argparse.Namespace, out: str, checkpointing: bool, dtype: str) -> list[float]:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -100,7 +118,7 @@ def time_trl(options: argparse.Namespace, out: str, checkpointing: bool) -> list
         disable_tqdm=True,
     )
     trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, dtype)),
         processing_class=AutoTokenizer.from_pretrained(options.model),
         reward_funcs=reward,
         args=settings,
@@ -114,15 +132,19 @@ def time_trl(options: argparse.Namespace, out: str, checkpointing: bool) -> list
 def work(options: argparse.Namespace) -> None:
     """What a process of one side does; its last line is its figures."""
     with tempfile.TemporaryDirectory() as out:
-        if options.side == "ours":
-            seconds = time_ours(options, str(Path(out) / "run"))
+        if options.side.startswith("ours"):
+            seconds = time_ours(
+                options, str(Path(out) / "run"), "float32" if options.side == "ours_float32" else "auto"
+            )
         else:
-            seconds = time_trl(options, out, checkpointing=options.side == "trl_default")
-    print(json.dumps(seconds))
+            dtype = "bfloat16" if options.side == "trl_bfloat16" else "float32"
+            seconds = time_trl(options, out, checkpointing=options.side == "trl", dtype=dtype)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # from KiB
+    print(json.dumps({"seconds": seconds, "peak_gib": peak}))
 
 
-def start(side: str, options: argparse.Namespace) -> list[float]:
-    python = sys.executable if side == "ours" else options.peer_python
+def start(side: str, options: argparse.Namespace) -> dict[str, Any]:
+    python = sys.executable if side.startswith("ours") else options.peer_python
     shared = ["--model", options.model, "--steps", str(options.steps), "--threads", str(options.threads)]
     sizes = ["--prompts", str(options.prompts), "--group", str(options.group), "--tokens", str(options.tokens)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
@@ -135,7 +157,8 @@ def start(side: str, options: argparse.Namespace) -> list[float]:
     )
     if done.returncode:
         sys.exit(f"the side {side} failed:\n{done.stderr[-2000:]}")
-    return [float(value) for value in json.loads(done.stdout.strip().splitlines()[-1])]
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
 
 
 def machine() -> dict[str, object]:
@@ -151,25 +174,29 @@ def machine() -> dict[str, object]:
 
 def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    names = {
-        "ours": "instant-reward",
-        "trl_no_checkpointing": "TRL, gradient checkpointing off",
-        "trl_default": "TRL as it comes",
-    }
-    rows = [
-        f"| {names[side]} | {median:.2f} | {median / result['median']['ours']:.2f} |"
-        for side, median in result["median"].items()
-    ]
-    sizes = f"{result['texts']} texts of {result['tokens']} tokens, float32, {result['threads']} thread(s)"
-    how = f"SmolLM2-135M, {sizes}, each side in a process of its own, in turns. Medians."
-    head = ["# One training step against TRL's GRPOTrainer", "", f"Written by `{result['command']}`: {how}", ""]
-    columns = ["| | seconds a step | against ours |", "|---|---|---|"]
-    return "\n".join([*head, *columns, *rows, "", f"Machine: {json.dumps(result['machine'])}", ""])
+    median, peak = result["median"], result["peak_gib"]
+    rows = [f"| {SAID[side]} | {median[side]:.2f} | {peak[side]:.2f} |" for side in median]
+    sizes = f"{result['texts']} texts of {result['tokens']} tokens, {result['threads']} threads"
+    how = f"SmolLM2-135M, {sizes}; each side in a process of its own, in turns."
+    head = [f"# One training step of {result['tokens']} tokens against TRL's GRPOTrainer", ""]
+    head += [f"Written by `{result['command']}`: {how}", ""]
+    columns = ["| | seconds a step (median) | peak memory, GiB |", "|---|---|---|"]
+    ratios = ["", "| ratio | reached | goal |", "|---|---|---|"]
+    for (over, under), goal in GOALS.items():
+        if over in median and under in median:
+            reached = f"{median[over] / median[under]:.2f}"
+            ratios.append(f"| time: {SAID[over]}, over {SAID[under]} | {reached} | at least {goal} |")
+    if "trl" in peak and result["tokens"] >= 128:
+        ratios.append(
+            f"| memory: ours over TRL's, both as they come | {peak['ours'] / peak['trl']:.2f} | at most 0.6 |"
+        )
+    return "\n".join([*head, *columns, *rows, *ratios, "", f"Machine: {json.dumps(result['machine'])}", ""])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", choices=("ours", "trl_default", "trl_no_checkpointing"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
@@ -185,28 +212,27 @@ def main() -> None:
     from instant_reward.models import locate
 
     options.model = str(locate(options.model))
-    sides = ("ours", "trl_no_checkpointing", "trl_default")
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in options.sides}
     for number in range(options.rounds):
-        for side in sides:
-            found = start(side, options)
-            seconds[side] += found
-            print(f"round {number + 1}  {side}: {', '.join(f'{value:.2f}' for value in found)} s", flush=True)
-    medians = {side: statistics.median(values) for side, values in seconds.items()}
+        for side in options.sides:
+            found[side].append(start(side, options))
+            times = ", ".join(f"{value:.2f}" for value in found[side][-1]["seconds"])
+            print(f"round {number + 1}  {side}: {times} s, {found[side][-1]['peak_gib']:.2f} GiB", flush=True)
+    seconds = {side: [value for one in runs for value in one["seconds"]] for side, runs in found.items()}
     result = {
         "command": "python benchmarks/step.py " + " ".join(sys.argv[1:]),
         "seconds": seconds,
-        "median": medians,
-        "ratio_to_the_faster_trl": min(medians[side] for side in sides if side != "ours") / medians["ours"],
+        "median": {side: statistics.median(values) for side, values in seconds.items()},
+        "peak_gib": {side: max(one["peak_gib"] for one in runs) for side, runs in found.items()},
         "texts": options.prompts * options.group,
         "tokens": options.tokens,
         "threads": options.threads,
         "machine": machine(),
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    RESULT.with_suffix(".md").write_text(table(result))
-    print(f"ours is {result['ratio_to_the_faster_trl']:.2f} times as fast as the faster TRL; written to {RESULT}")
+    place = RESULTS / f"step-{options.tokens}.json"
+    place.write_text(json.dumps(result, indent=2) + "\n")
+    place.with_suffix(".md").write_text(table(result))
+    print(table(result))
 
 
 if __name__ == "__main__":

@@ -68,6 +68,8 @@ class CausalPolicy:
         self.pad_id = int(next(i for i in (tokenizer.pad_token_id, *self.end_ids, 0) if i is not None))
         check_head(model)
         check_attention(model)
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     @property
     def device(self) -> torch.device:
@@ -212,8 +214,6 @@ class CausalPolicy:
 
     def prepare(self, settings: Optimization, needs: Needs | None = None) -> None:
         """Makes the optimizer and what an algorithm needs besides: reference, critic, teacher."""
-        if self.device.type == "cpu":
-            keep_freed_memory()
         self.needs = needs or Needs()
         self.critic = self.teacher = self.reference = None
         self.states = States(self.compute)  # which knows none of the models that are no more

@@ -79,7 +79,8 @@ class _TokenLogprobs(torch.autograd.Function):
             logprobs.append(logits.gather(1, targets[rows, None]).squeeze(1) - normaliser)
             # Entropy is the normaliser less the mean logit; a forbidden token's -inf counts 0.
             if softmax.end_ids:
-                logits.masked_fill_(logits == -torch.inf, 0.0)
+                ends = logits[:, softmax.end_ids]
+                logits[:, softmax.end_ids] = ends.masked_fill(ends == -torch.inf, 0.0)
             entropies.append(normaliser - torch.linalg.vecdot(exponentials, logits) / total)
             normalisers.append(normaliser)
             if ctx.kept is not None:

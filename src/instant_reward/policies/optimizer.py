@@ -96,6 +96,8 @@ class Stepper:
         for group, own in zip(self.optimizer.param_groups, self.groups, strict=True):
             group["lr"] = own.learning_rate * self._share()
         self.optimizer.step()
+        # The fused step does not count as a change in place by itself; copies of the weights go by that count.
+        torch.autograd.graph.increment_version([one for group in self.groups for one in group.parameters])
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
         return norms
