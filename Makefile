@@ -9,13 +9,14 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 LOCK := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install install-dev test test-all test-slow check format clean
+.PHONY: help demo install install-dev test test-all test-slow check format bench clean
 
 help:
 	@echo "make demo      install, fetch the model, train it on film reviews and show what changed"
 	@echo "make test      the tests that take less than a minute each"
 	@echo "make test-all  every test"
 	@echo "make check     formatting, lint, types, import order"
+	@echo "make bench     speed against TRL and generate, some 25 minutes"
 	@echo "make format    put the formatting and the simple lint right"
 	@echo "make clean     remove .venv and the tools' caches; runs stay"
 
@@ -45,6 +46,14 @@ check: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed-dev
+	$(PIP) --editable '.[bench]'
+	$(BIN)/instant-reward models smollm2-135m
+	$(BIN)/python benchmarks/step.py --rounds 1 --steps 5
+	$(BIN)/python benchmarks/step.py --rounds 1 --steps 2 --tokens 128 --sides ours trl
+	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/overlap.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
