@@ -21,14 +21,16 @@ class Metrics:
     ``reward`` is the mean over texts of the weighted sum of the learned sources, shaping left out;
     ``reward/<source>`` is the mean raw sum of one source, ``weight/<source>`` its weight at this step and
     ``weighted/<source>`` the product of both; ``kl`` and ``entropy`` are nats per sampled token;
-    ``length`` counts sampled tokens a text. Keys that begin with ``time/`` are seconds; they and ``tokens_per_second``
-    alone depend on the machine.
+    ``length`` counts sampled tokens a text. A reward that counts what it costs (``summary()``: a judge's requests,
+    tokens and money, the failures of worker processes) has what it counted in this step under its name. Keys that
+    begin with ``time/`` are seconds; they and ``tokens_per_second`` alone depend on the machine.
     """
 
     def __init__(self, rewards: Sequence[Reward], count: Count, needs: Needs) -> None:
         self._rewards, self._needs = rewards, needs
         self._totals: dict[str, float] = {}
         self._before = replace(count)
+        self._costs = _costs(rewards)
         self._begun = time.perf_counter()
         self._sampled_at = self._begun
         self._sums: dict[str, float] = {}
@@ -90,6 +92,7 @@ class Metrics:
         decoded = count.decoded - self._before.decoded
         row["tokens"] = float(count.kept - self._before.kept)
         row["tokens_saved"] = float(count.saved - self._before.saved)
+        row |= {key: total - self._costs[key] for key, total in _costs(self._rewards).items()}
         row["tokens_per_second"] = decoded / (now - self._begun)
         row["time/sampling"] = self._sampled_at - self._begun
         row["time/learning"] = now - self._sampled_at
@@ -104,6 +107,17 @@ class Metrics:
         products = {source.name: source.weight * self._totals[source.name] for source in learned}
         earned = sum(products[source.name] for source in learned if source.earned)
         return {"reward": earned, **found, **{f"weighted/{name}": value for name, value in products.items()}}
+
+
+def _costs(rewards: Sequence[Reward]) -> dict[str, float]:
+    """What the rewards that count their cost have counted so far."""
+    counting = [(one.name, getattr(one.function, "summary", None)) for one in rewards]
+    return {
+        f"{name}/{key}": float(value)
+        for name, summary in counting
+        if callable(summary)
+        for key, value in summary().items()
+    }
 
 
 def _divergences(batch: Batch) -> dict[str, float]:

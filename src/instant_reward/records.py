@@ -44,6 +44,7 @@ def rollout_record(rollout: Rollout) -> dict[str, Any]:
         "temperature": rollout.temperature,
         "forbidden_end": rollout.forbidden_end,
         "reshaped": rollout.reshaped,
+        "at_limit": rollout.at_limit,
         "info": _plain(rollout.info),
     }
 
@@ -91,6 +92,7 @@ def _rebuild(record: Mapping[str, Any]) -> Rollout:
         temperature=float(record.get("temperature", 1.0)),
         forbidden_end=int(record.get("forbidden_end", 0)),
         reshaped=bool(record.get("reshaped", False)),
+        at_limit=bool(record.get("at_limit", False)),
         info=dict(record.get("info") or {}),
     )
 

@@ -114,6 +114,7 @@ class Rollout:
         text: the characters of the sampled tokens.
         versions: the policy version that sampled each token (-1 where the mask is off).
         stop: "ended" by the end token or a stop string, "length" when cut off, "stopped" by a reward.
+        at_limit: its last token was the last one allowed, whatever ended it: rewards were told so while it was written.
         forbidden_end: for how many sampled tokens the end token was forbidden (``min_new_tokens``).
         reshaped: drawn from something else than the policy's softmax (top-k, top-p, guided), so that ratios to what
             ``logprobs`` say of it are no importance weights.
@@ -133,6 +134,7 @@ class Rollout:
     temperature: float = 1.0
     forbidden_end: int = 0
     reshaped: bool = False
+    at_limit: bool = False
     info: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -591,3 +591,20 @@ class TestRefusals:
     def test_no_text_a_prompt(self, llama: CausalPolicy) -> None:
         with pytest.raises(UserError, match="per_prompt=0 must be at least 1"):
             llama.sample(["a"], per_prompt=0)
+
+
+def test_a_stop_on_the_last_token_allowed_is_replayed_as_it_was_seen(llama: CausalPolicy) -> None:
+    """Live, the text is done there: a reward must hear the same when the finished text is scored again."""
+    heard: list[bool] = []
+
+    def listens(view: ir.View) -> Any:
+        heard.append(view.done)
+        return ir.stop(1.0) if view.sampled == 6 else float(view.done)
+
+    reward = ir.reward(every="token", name="listens")(listens)
+    found = sample(llama, prompts(["a"]), 4, [reward], max_new_tokens=6, min_new_tokens=6, stop_lag=0)
+    live = heard.count(True)
+    heard.clear()
+    assert [ir.replay([reward], one) for one in found] == [one.marks for one in found]
+    assert heard.count(True) == live == len(found)
+    assert all(one.at_limit and one.stop == "stopped" for one in found)

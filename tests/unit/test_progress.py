@@ -99,3 +99,24 @@ def test_groups_that_are_left_out_are_measured_all_the_same(tmp_path: Path) -> N
         assert row["reward/tokens"] > 0.0
         learned = [value for value, _ in found if value != 1.0]
         assert learned, "some were not solved"
+
+
+def test_what_rewards_say_they_cost_is_reported_for_the_step() -> None:
+    class Counting:
+        name = "counting"
+        cost = 5.0  # of earlier steps
+
+        def __call__(self, view: ir.View) -> float:
+            self.cost += 2.0
+            return 0.0
+
+        def summary(self) -> dict[str, float]:
+            return {"money": self.cost}
+
+    counting = ir.reward(every="end")(Counting())
+    world = World()
+    chosen = Chosen(world, [FINAL], name="reinforce")
+    metrics = Metrics([FINAL, counting], Count(), chosen.algorithm.needs)
+    texts = world.rollouts([FINAL, counting])
+    metrics.sampled(texts)
+    assert metrics.row(chosen.batch(), Count())["counting/money"] == 2.0 * len(texts)

@@ -347,7 +347,7 @@ def replay_to_stop(rewards: Sequence[Any], rollout: Rollout) -> tuple[list[Mark]
     count = len(rollout.token_ids)
     for index in range(rollout.start, count):
         before = rollout.char_ends[index - 1] if index > rollout.start else 0
-        last = index == count - 1 and rollout.stop != "stopped"
+        last = index == count - 1 and (rollout.stop != "stopped" or rollout.at_limit)
         watch._advance([(row, rollout.text[before : rollout.char_ends[index]], last)], bool(rollout.mask[index]))
         if row.stopped_by:
             break

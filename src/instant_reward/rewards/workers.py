@@ -258,6 +258,10 @@ class Workers:
         self.discount = self.reward.discount  # what shaping was made for
         self._slots = itertools.cycle(range(count))
 
+    def summary(self) -> dict[str, float]:
+        """What went wrong so far, for the metrics of a step."""
+        return {"failures": float(self.failures)}
+
     def __call__(self, views: Sequence[View]) -> list[Any]:
         """The value of each view."""
         places = list(range(len(views)))

@@ -323,6 +323,7 @@ class _Stream:
             stop=reason,
             temperature=settings.temperature,
             forbidden_end=settings.min_new_tokens,
+            at_limit=kept >= settings.max_new_tokens,
             reshaped=settings.top_p < 1.0 or settings.top_k > 0 or settings.guide != 0.0,
             info=text.prompt.info,
         )
