@@ -15,7 +15,7 @@ from instant_reward.carried import adapt
 from instant_reward.checks import check, check_sources, discount_of, shapes
 from instant_reward.config_algorithm import AlgorithmConfig, ImportanceConfig
 from instant_reward.credit import Source
-from instant_reward.crediting import KL, LENGTH, TEACHER, credit_batch
+from instant_reward.crediting import ENTROPY, KL, LENGTH, TEACHER, credit_batch
 from instant_reward.objective import objective
 from instant_reward.presets import PRESETS as PRESETS
 from instant_reward.presets import Preset, preset_of
@@ -74,6 +74,8 @@ def build(config: AlgorithmConfig, rewards: Sequence[Reward], max_new_tokens: in
     ]
     if config.kl and config.kl_as == "reward":
         sources.append(Source(KL, config.kl, dense="kl"))
+    if config.entropy and config.entropy_as == "reward":
+        sources.append(Source(ENTROPY, config.entropy, dense="entropy"))
     if config.teacher and not config.teacher.whole:
         sources.append(Source(TEACHER, config.teacher.weight, config.teacher.discount, dense="teacher"))
     if config.soft_length:
@@ -126,7 +128,7 @@ def needs(config: AlgorithmConfig, preset: Preset, sources: int, go_on: bool = T
         proximal=preset.returns == "vtrace"
         or config.importance is not None
         or (preset.loss == "clipped" and preset.ratio in ("decoupled", "sequence")),
-        entropy=config.entropy > 0,
+        entropy=config.entropy > 0 and config.entropy_as == "loss",
         critic=critic,
         top_actions=config.top_actions if preset.loss == "all_actions" else None,
         teacher=None if teacher is None else TeacherNeed(teacher.model, teacher.whole, teacher.baseline),

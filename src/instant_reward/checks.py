@@ -8,7 +8,7 @@ from instant_reward import losses
 from instant_reward.config_algorithm import AlgorithmConfig
 from instant_reward.config_problems import report
 from instant_reward.credit import Source
-from instant_reward.crediting import KL, LENGTH, TEACHER
+from instant_reward.crediting import ENTROPY, KL, LENGTH, TEACHER
 from instant_reward.presets import PRESETS, Preset, unused
 from instant_reward.rewards.base import Reward
 from instant_reward.rewards.shaping import Shaping
@@ -159,6 +159,7 @@ def _wrong_timing(config: AlgorithmConfig, rewards: Sequence[Reward]) -> Iterato
     dense = [f"'{one.name}' (every {one.every})" for one in rewards if one.every != "end"]
     dense += [f"'{one.name}' (at=span)" for one in rewards if one.every == "end" and one.at == "span"]
     dense += [f"'{KL}' (every token)"] if config.kl and config.kl_as == "reward" else []
+    dense += [f"'{ENTROPY}' (every token)"] if config.entropy and config.entropy_as == "reward" else []
     dense += [f"'{TEACHER}' (every token)"] if config.teacher and not config.teacher.whole else []
     if dense:
         yield (

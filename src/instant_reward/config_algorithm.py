@@ -119,7 +119,8 @@ class AlgorithmConfig(Section):
         kl_estimator: k1 (the log-ratio, as a reward), k2 or k3 (as a loss).
         kl_target: nats per token that the weight adapts to; kl_horizon: in how many texts.
         reset_reference: after so many steps the reference becomes the policy as it then is.
-        entropy: the weight of the entropy in the loss; entropy_target: nats per token that the weight adapts to.
+        entropy: the weight of the entropy bonus; entropy_as: in the "loss" at each prefix, or a "reward" per token.
+        entropy_target: nats per token that the weight adapts to.
         epochs: passes over each batch; minibatches: optimizer steps in each.
         stop_kl: no further optimizer step on a batch once the policy is so many nats per token from its sampler.
         skip_equal: groups whose texts all earned the same are left out and others sampled, ``refill`` times at most.
@@ -153,6 +154,7 @@ class AlgorithmConfig(Section):
     kl_horizon: Count = 10000
     reset_reference: Count | None = None
     entropy: NotNegative = 0.0
+    entropy_as: Literal["loss", "reward"] = "loss"
     entropy_target: Positive | None = None
     epochs: Count = 1
     minibatches: Count = 1

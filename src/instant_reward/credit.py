@@ -23,7 +23,8 @@ class Source:
 
     ``final`` says that it pays once, for the whole text: a text that was cut off has then got all there is, and nothing
     is expected beyond its end. ``earned`` is False for shaping: it is no part of what a text earned. ``dense`` names
-    what the algorithm itself pays at every token: the KL to the reference, the teacher's log-ratio, the length penalty.
+    what the algorithm itself pays at every token: the KL to the reference, the entropy, the teacher's log-ratio, the
+    length penalty.
     ``rule`` says how the weight changes with the run; ``scaled`` divides it by the running deviation of what texts earn
     from the source (the mean is not taken away: that would pay texts for their length); ``clip`` bounds each mark.
     """
@@ -34,7 +35,7 @@ class Source:
     at: Literal["seen", "span"] = "seen"
     final: bool = False
     earned: bool = True
-    dense: Literal["", "kl", "teacher", "length"] = ""
+    dense: Literal["", "kl", "entropy", "teacher", "length"] = ""
     rule: WeightRule | None = None
     scaled: bool = False
     clip: float | None = None

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from instant_reward import credit, importance
 from instant_reward.batch import Batch
-from instant_reward.carried import kl_weight
+from instant_reward.carried import entropy_weight, kl_weight
 from instant_reward.config_algorithm import AlgorithmConfig
 from instant_reward.credit import Source
 from instant_reward.presets import Preset
 from instant_reward.weights import as_they_are
 
-KL, TEACHER, LENGTH = "kl", "teacher", "length"
+KL, ENTROPY, TEACHER, LENGTH = "kl", "entropy", "teacher", "length"
 PLAIN = AlgorithmConfig()
 
 
@@ -68,6 +68,8 @@ def _clipped(batch: Batch) -> Batch:
 
 
 def _adapted(source: Source, batch: Batch, config: AlgorithmConfig) -> Source:
+    if source.dense == ENTROPY:
+        return replace(source, weight=entropy_weight(batch.carried, config))
     return replace(source, weight=kl_weight(batch.carried, config)) if source.dense == KL and config.kl else source
 
 
@@ -77,6 +79,8 @@ def _rewards(batch: Batch, preset: Preset, config: AlgorithmConfig, longest: int
         if source.dense == KL:
             assert batch.ref_logprobs is not None, "annotate the batch first: the KL needs the reference's values"
             rewards[:, index] = _log_ratio_to(batch.ref_logprobs, batch, rewards.dtype)
+        elif source.dense == ENTROPY:
+            rewards[:, index] = _log_ratio_to(torch.zeros_like(batch.old_logprobs), batch, rewards.dtype)
         elif source.dense == TEACHER:
             assert batch.teacher_logprobs is not None, "annotate the batch first: the teacher's values are missing"
             rewards[:, index] = _log_ratio_to(batch.teacher_logprobs, batch, rewards.dtype)

@@ -82,7 +82,7 @@ def _regularisers(output: PolicyOutput, batch: Batch, config: AlgorithmConfig) -
     terms: list[Tensor] = []
     if config.kl and config.kl_as == "loss":
         terms.append(kl_weight(batch.carried, config) * KL_LOSSES[config.kl_estimator](output.logprobs, batch).loss)
-    if config.entropy:
+    if config.entropy and config.entropy_as == "loss":
         assert output.entropy is not None, "the policy was not asked for the entropy"
         terms.append(-entropy_weight(batch.carried, config) * losses.average(output.entropy, batch, "tokens"))
     if config.teacher and config.teacher.whole:

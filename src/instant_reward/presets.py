@@ -116,7 +116,8 @@ def unused(config: AlgorithmConfig, preset: Preset) -> list[str]:
         and preset.weigh != "best"
         and preset.returns != "vtrace"
         and (preset.loss, preset.ratio) in _WEIGHED,
-        "entropy": preset.loss != "none",
+        "entropy": config.entropy_as == "reward" or preset.loss != "none",
+        "entropy_as": config.entropy > 0,
         "kl_horizon": config.kl_target is not None,
         "refill": preset.skip_equal,
         "keep": preset.weigh == "best",

@@ -147,6 +147,24 @@ def test_the_entropy_bonus_is_its_gradient(world: World) -> None:
     assert same(step, torch.zeros_like(step))
 
 
+def test_the_entropy_as_a_reward_is_the_gradient_of_the_texts_entropy(world: World) -> None:
+    """-log p of each sampled token, reward-to-go: the entropy of whole texts, later prefixes included.
+
+    E[ sum_t grad log p(x_t) sum_{u >= t} -log p(x_u) ] = grad H(texts), since E[ grad log p(x) ] = 0
+    """
+    ours = torch.where(world.mask, world.logprobs(), 0.0).sum(1)
+    wanted = 0.3 * gradient_of(world, -(world.probabilities() * ours).sum())
+    paid = Chosen(world, [NOTHING], name="reinforce", entropy=0.3, entropy_as="reward")
+    assert same(paid.step(), wanted)
+    assert [source.name for source in paid.algorithm.sources] == ["nothing", "entropy"]
+    at_prefixes = Chosen(world, [NOTHING], name="reinforce", entropy=0.3)
+    assert angle_differs(at_prefixes.step(loss=undivided(at_prefixes)), wanted), "it leaves out where a token leads"
+    followed = Chosen(
+        world, [NOTHING], name="reinforce", entropy=0.3, entropy_as="reward", carried=Carried(step=1, entropy=0.6)
+    )
+    assert same(followed.step(), 2.0 * wanted)
+
+
 def test_the_soft_length_penalty(world: World) -> None:
     """A text pays for each token within ``soft`` of the longest length, on its last token: a final reward.
 

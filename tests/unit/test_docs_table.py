@@ -49,7 +49,7 @@ CASES: dict[str, list[Case]] = {
         ([paid(every=every)], {}) for every in ("token", "word", "sentence", "line", 8, lambda characters: None)
     ],
     "the change of a score": [([ir.change(score)], {}), ([score, ir.change(score, every="token")], {})],
-    "the KL to the reference": [([score], {"kl": 0.1})],
+    "the KL to the reference": [([score], {"kl": 0.1}), ([score], {"entropy": 0.1, "entropy_as": "reward"})],
     "the KL as a loss": [
         ([score], {"kl": 0.1, "kl_as": "loss", "kl_estimator": "k2"}),
         ([score], {"kl": 0.1, "kl_as": "loss", "kl_estimator": "k3"}),
