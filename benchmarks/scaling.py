@@ -46,10 +46,11 @@ def widened(folder: Path, times: int, out: Path) -> Path:
 
 def table(record: dict[str, Any]) -> str:
     base = next(iter(record["cases"].values()))
+    how = "Written by `python benchmarks/scaling.py`: SmolLM2-135M, dtype auto."
     lines = [
         "# Cost against work",
         "",
-        f"Written by `python benchmarks/scaling.py`: SmolLM2-135M, dtype auto. Machine: {json.dumps(record['machine'])}",
+        f"{how} Machine: {json.dumps(record['machine'])}",
         "",
         "| case | seconds a step | times the first row | peak, GiB | beyond weights and states, GiB |",
         "|---|---|---|---|---|",
