@@ -110,19 +110,30 @@ class Batch:
         return (self.select(rows) for rows in self.shares(tokens_per_part))
 
     def shares(self, tokens_per_part: int) -> Iterator[list[int]]:
-        """Row numbers: rows of like length together, siblings side by side, about so many tokens each."""
+        """Row numbers: rows of like length together, siblings side by side, about so many tokens each, evenly.
+
+        A group's prompt counts once in a share: siblings have it in common.
+        """
         longest_of: dict[int, int] = {}
         for group, length in zip(self.group.tolist(), self.length.tolist(), strict=True):
             longest_of[group] = max(longest_of.get(group, 0), length)
         order = sorted(range(len(self)), key=lambda row: (longest_of[int(self.group[row])], int(self.group[row]), row))
+        prompts = {int(self.group[row]): int(self.prompt_length[row]) for row in order}
+        total = sum(prompts.values()) + int((self.length - self.prompt_length).sum())
+        even = total / max(1, -(-total // tokens_per_part))
         share: list[int] = []
-        longest = 0
+        groups: set[int] = set()
+        used = 0
         for row in order:
-            longest = max(longest, int(self.length[row]))
-            if share and longest * (len(share) + 1) > tokens_per_part:
+            group = int(self.group[row])
+            own = int(self.length[row] - self.prompt_length[row])
+            more = own + (0 if group in groups else prompts[group])
+            if share and used + more / 2 > even:
                 yield share
-                share, longest = [], int(self.length[row])
+                share, groups, used, more = [], set(), 0, own + prompts[group]
             share.append(row)
+            groups.add(group)
+            used += more
         if share:
             yield share
 

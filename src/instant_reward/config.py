@@ -218,7 +218,7 @@ class TrainConfig(Section):
     warmup: Whole = 0
     weight_decay: NotNegative = 0.0
     max_grad_norm: Positive = 1.0
-    tokens_per_part: Count = 1024
+    tokens_per_part: Count = 1280
     save_every: Count | None = None
     keep: Count = 2
     samples: Literal["first", "all"] = "first"
