@@ -58,7 +58,10 @@ def about(name: str) -> dict[str, str]:
     """The parts of a reward's docstring."""
     text = " ".join((inspect.getdoc(resolve(NAMES[name])) or "").split())
     first = re.split(r"(?<=[.\]])\s", text)[0]
-    parts = {key: re.search(rf"{key}: (.*?)(?= (?:Cost|What games it|Source|Attributes): |$)", text) for key in ("What games it",)}
+    parts = {
+        key: re.search(rf"{key}: (.*?)(?= (?:Cost|What games it|Source|Attributes): |$)", text)
+        for key in ("What games it",)
+    }
     return {"measures": first, **{key: found[1] if found else "" for key, found in parts.items()}}
 
 
