@@ -120,7 +120,7 @@ def splits(batch: Batch) -> dict[str, list[list[Batch]]]:
     rows = list(range(len(batch)))
     odd = [batch.select(rows[-1:]), batch.select([*rows[1:-1], rows[0]])]
     ranks = [batch.select(rows[rank::2]) for rank in range(2)]
-    return {"parts": [list(batch.parts(60))], "ranks in parts": [[ranks[0]], list(ranks[1].parts(1))], "odd": [odd]}
+    return {"parts": [list(batch.parts(25))], "ranks in parts": [[ranks[0]], list(ranks[1].parts(1))], "odd": [odd]}
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=lambda value: value if isinstance(value, str) else str(value))
@@ -149,7 +149,7 @@ def test_any_split_and_any_ranks_are_one_step(name: str, options: dict[str, Any]
         """Wrong on purpose: a part divides by its own counts."""
         return replace(part, text_count=len(part), token_count=int(part.mask.sum()))
 
-    assert differ(gradient(algorithm, policy, map(local, batch.parts(60)))[0], wanted)
+    assert differ(gradient(algorithm, policy, map(local, batch.parts(25)))[0], wanted)
 
 
 def _is_one_step(

@@ -46,11 +46,13 @@ def replay_groups(rewards: Sequence[Any], rollouts: Sequence[Rollout]) -> None:
 
 def _cut(rollout: Rollout, length: int) -> None:
     """Ends a text after so many tokens of its flat sequence; one that had ended by itself right there has ended."""
-    ended = rollout.stop == "ended" and length == len(rollout.token_ids)
+    whole = length == len(rollout.token_ids)
+    ended = rollout.stop == "ended" and whole
     for name in ("token_ids", "mask", "logprobs", "char_ends", "versions"):
         setattr(rollout, name, getattr(rollout, name)[:length])
     rollout.text = rollout.text[: rollout.char_ends[-1]]
     rollout.stop = "ended" if ended else "stopped"
+    rollout.at_limit = rollout.at_limit and whole
 
 
 def held_back(rollouts: Iterable[Rollout], rewards: Sequence[Reward], siblings: int, step: int) -> Iterator[Rollout]:
