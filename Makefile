@@ -16,7 +16,7 @@ help:
 	@echo "make test      the tests that take less than a minute each"
 	@echo "make test-all  every test"
 	@echo "make check     formatting, lint, types, import order"
-	@echo "make bench     speed against TRL and generate, some 25 minutes"
+	@echo "make bench     speed against TRL and generate"
 	@echo "make format    put the formatting and the simple lint right"
 	@echo "make clean     remove .venv and the tools' caches; runs stay"
 

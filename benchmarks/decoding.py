@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from runs import RESULTS, machine
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
 import instant_reward as ir
@@ -32,7 +31,6 @@ from instant_reward.sampling.draw import Settings
 from instant_reward.sampling.engine import Engine, in_order
 from instant_reward.types import Prompt
 
-RESULTS = Path(__file__).parent / "results"
 MODEL = "smollm2-135m"
 VARIED = [8 + (120 * number) // 31 for number in range(32)]  # 8 to 128
 
@@ -186,9 +184,8 @@ def main() -> None:
     policies = {dtype: policy} | ({} if dtype == "float32" else {"float32": ir.load_policy(MODEL, "float32")})
     peers = {"float32": Peer(torch.float32), "bfloat16": Peer(torch.bfloat16)}
     seconds = compared(policies, peers, options.rounds)
-    where = f"{platform.processor() or platform.machine()}, {options.threads} threads, torch {torch.__version__}"
     record = {
-        "machine": where,
+        "machine": machine(options.threads),
         "dtype": dtype,
         "seconds": seconds,
         "limits": limits(policy, seconds, f"ours, {dtype}", options.rounds),

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from runs import RESULTS, machine
 
 import instant_reward as ir
 from instant_reward.data import to_prompts
@@ -28,7 +27,6 @@ from instant_reward.reviews import movie_reviews
 from instant_reward.sampling.draw import Settings
 from instant_reward.sampling.engine import Engine
 
-RESULTS = Path(__file__).parent / "results"
 GOAL = 1.2
 
 
@@ -95,8 +93,12 @@ def main() -> None:
         for name in ("one by one", "in batches", "may stop"):
             found[f"{tokens} tokens, {name}"] = measured(engine, prompts, name, options.rounds)
             print(f"{tokens} tokens, {name}: {found[f'{tokens} tokens, {name}']}", flush=True)
-    where = f"{platform.processor() or platform.machine()}, {options.threads} threads, torch {torch.__version__}"
-    record = {"machine": where, "dtype": str(policy.compute).removeprefix("torch."), "goal": GOAL, "rows": found}
+    record = {
+        "machine": machine(options.threads),
+        "dtype": str(policy.compute).removeprefix("torch."),
+        "goal": GOAL,
+        "rows": found,
+    }
     (RESULTS / "overlap.json").write_text(json.dumps(record, indent=1) + "\n")
     (RESULTS / "overlap.md").write_text(table(record))
     print(table(record))

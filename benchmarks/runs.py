@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,13 @@ def held_out(out: Path) -> tuple[dict[str, float], dict[str, float]]:
 def metrics(out: Path) -> list[dict[str, Any]]:
     """A dict for each step."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def machine(threads: int) -> str:
+    """What figures of this process are of."""
+    import torch
+
+    return f"{platform.processor() or platform.machine()}, {threads} threads, torch {torch.__version__}"
 
 
 def versions(out: Path) -> dict[str, Any]:

@@ -42,6 +42,8 @@ CRITIC, REFERENCE = "critic.safetensors", "reference.safetensors"
 class CausalPolicy:
     """A causal language model that can be sampled from and trained.
 
+    On a processor it has the C library keep freed memory, for the whole process (``keep_freed_memory``).
+
     Args:
         model: a transformers causal model; its weights are the master weights.
         tokenizer: its tokenizer.

@@ -1,4 +1,4 @@
-"""How the rows of a batch are laid out for the model's trunk.
+"""How the rows of a batch are laid out for a model's own forward pass, where the library has no trunk of its shape.
 
 Plain: a row a text. Shared: siblings lie behind one copy of their prompt, each seeing the prompt and itself only, so
 that a group's prompt is computed once. Both give the same hidden states; the cheaper one is taken.

@@ -1,4 +1,4 @@
-"""How the C library hands out memory while a policy learns on a processor."""
+"""How the C library hands out memory where a policy computes on a processor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def keep_freed_memory() -> bool:
     """Keeps freed blocks for the next tensors, for this process from here on; returns whether the C library can.
 
     glibc maps every large block anew and gives it back when it is freed. A training step frees and asks for some
-    gigabytes, and the kernel then clears each page again: a fifth of the step (benchmarks/README.md).
+    gigabytes, and the kernel then clears each page again (benchmarks/README.md has what that costs).
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -7,6 +7,7 @@ transformers model, which loads and saves them. What computes otherwise goes thr
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -33,7 +34,7 @@ class Products(Protocol):
         """The function of some layers."""
 
 
-class Trunk:
+class Trunk(ABC):
     """The layers between a model's token ids and the states that its output head reads.
 
     Args:
@@ -46,15 +47,15 @@ class Trunk:
     """
 
     def __init__(self, base: Any, products: Products) -> None:
-        self.base, self.products = base, products
+        self.base = base
         self.norm_dtype = products.dtype
         self.heads = int(base.config.num_attention_heads)
         first = next(base.parameters())
         self.wide = torch.float64 if first.dtype == torch.float64 else torch.float32
 
+    @abstractmethod
     def __call__(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The states ``[T, D]`` behind the last norm, in the products' dtype, of packed ``ids [T]``."""
-        raise NotImplementedError
 
     def causal(self, ids: Tensor, positions: Tensor, rows: Sequence[Rows]) -> Tensor:
         """The states where attention goes by ``rows``, with gradient."""
@@ -189,15 +190,19 @@ class _Shadow:
         return self.joined
 
 
-def trunk_of(base: Any, products: Products) -> Trunk | None:
-    """The trunk of a model, or None for one that does not compute as those here do."""
+def shape_of(base: Any) -> type[Trunk] | None:
+    """The shape of a model, found out on a probe, or None for one that does not compute as those here do."""
     kind = base.config.model_type
     shape = LlamaShaped if kind in LLAMA_SHAPED else Gpt2Shaped if kind == "gpt2" else None
     if shape is None or not _plain(base):
         return None
-    made = shape(base, products)
-    exact = shape(base, Trained(next(base.parameters()).dtype))
-    return made if _same(base, exact) else None
+    return shape if _same(base, shape(base, Trained(next(base.parameters()).dtype))) else None
+
+
+def trunk_of(base: Any, products: Products) -> Trunk | None:
+    """The trunk of a model, or None for one of another shape."""
+    shape = shape_of(base)
+    return None if shape is None else shape(base, products)
 
 
 def is_linear(module: Any) -> bool:

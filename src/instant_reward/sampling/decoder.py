@@ -1,7 +1,7 @@
 """What the engine decodes with: a model's weights as they were at the last ``load``, and the passes over them.
 
-``TrunkDecoder`` runs the library's own functions of packed tokens, with joined and packed weight matrices; models that
-``trunk_of`` does not know go through their own forward pass (``ModelDecoder``).
+``TrunkDecoder`` runs the library's own functions of packed tokens, with joined and packed weight matrices; models of
+another shape (``shape_of``) go through their own forward pass (``ModelDecoder``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from instant_reward.policies.kernels import Attention, parted
 from instant_reward.policies.packed import rows_of
-from instant_reward.policies.trunk import Product, Trunk, is_linear, trunk_of
+from instant_reward.policies.trunk import Product, Trunk, is_linear, shape_of
 from instant_reward.sampling.slots import Filled, SlotCache
 
 PACKED_ROWS = 32  # the matrices are packed for products with about so many rows
@@ -44,26 +44,22 @@ class TrunkDecoder:
     """The library's own functions over copies of the weights, linear layers that read the same input joined.
 
     Args:
-        model: a transformers model that ``trunk_of`` knows.
+        model: a transformers model.
         dtype: of the matrix products.
+        shape: the model's, where it is known already (``shape_of``).
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, shape: type[Trunk] | None = None) -> None:
         base = getattr(model, model.base_model_prefix)
+        shape = shape or shape_of(base)
+        assert shape is not None, "this model computes otherwise: decode with ModelDecoder"
         linear = [one.weight for one in base.modules() if is_linear(one)]
         # The twin has norms, embeddings and biases of its own; its linear weights are the model's, to be packed.
         self.twin = copy.deepcopy(base, {id(weight): weight for weight in linear})
         self.products = _Packed(dtype)
-        trunk = trunk_of(self.twin, self.products)
-        assert trunk is not None, "trunk_of does not know this model"
-        self.trunk: Trunk = trunk
+        self.trunk = shape(self.twin, self.products)
         self._head = _Joined([model.get_output_embeddings()], dtype)
         self.load(model)
-
-    @classmethod
-    def fits(cls, model: Any, dtype: torch.dtype) -> bool:
-        """Whether it can decode with this model."""
-        return trunk_of(getattr(model, model.base_model_prefix), _Packed(dtype)) is not None
 
     @torch.no_grad()
     def load(self, model: Any) -> None:
@@ -249,4 +245,5 @@ def _bfloat16_copy(model: Any) -> Any:
 
 def decoder_of(model: Any, dtype: torch.dtype) -> Decoder:
     """The faster decoder that fits a model."""
-    return TrunkDecoder(model, dtype) if TrunkDecoder.fits(model, dtype) else ModelDecoder(model, dtype)
+    shape = shape_of(getattr(model, model.base_model_prefix))
+    return ModelDecoder(model, dtype) if shape is None else TrunkDecoder(model, dtype, shape)
