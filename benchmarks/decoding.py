@@ -28,7 +28,8 @@ from instant_reward.policies.optimizer import Optimization
 from instant_reward.policies.packed import pack
 from instant_reward.reviews import movie_reviews
 from instant_reward.sampling.draw import Settings
-from instant_reward.sampling.engine import Engine, in_order
+from instant_reward.sampling.engine import Engine
+from instant_reward.sampling.sampler import in_order
 from instant_reward.types import Prompt
 
 MODEL = "smollm2-135m"

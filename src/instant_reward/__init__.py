@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from instant_reward import losses as losses
     from instant_reward.config import Config as Config
     from instant_reward.policies.causal import CausalPolicy as CausalPolicy
-    from instant_reward.policies.causal import load_policy as load_policy
+    from instant_reward.policies.kinds import load_policy as load_policy
+    from instant_reward.policies.policy import Policy as Policy
     from instant_reward.rewards.base import Reward as Reward
     from instant_reward.rewards.base import reward as reward
     from instant_reward.rewards.base import stop as stop
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     from instant_reward.types import UserError as UserError
     from instant_reward.types import View as View
 
-    Policy = CausalPolicy
-
 __version__ = "0.1.0"
 
 # Public name -> "module:name" below this package, or only "module" where the name is the module itself. `train` is a
@@ -49,7 +48,7 @@ _PUBLIC = {
     "Config": "config:Config",
     "LossOutput": "types:LossOutput",
     "Mark": "types:Mark",
-    "Policy": "policies.causal:CausalPolicy",
+    "Policy": "policies.policy:Policy",
     "PolicyOutput": "types:PolicyOutput",
     "Prompt": "types:Prompt",
     "Reward": "rewards.base:Reward",
@@ -65,7 +64,7 @@ _PUBLIC = {
     "change": "rewards.compose:change",
     "credit": "credit",
     "in_workers": "rewards.workers:in_workers",
-    "load_policy": "policies.causal:load_policy",
+    "load_policy": "policies.kinds:load_policy",
     "losses": "losses",
     "potential": "rewards.shaping:potential",
     "replay": "rewards.watch:replay",

@@ -33,6 +33,7 @@ class Batch:
         carried: what the algorithm carries from step to step, as it was before this one.
         pieces: int64 ``[B, L]``, where pieces (words, sentences, ...) are the actions: the number of the one that a
             sampled token belongs to; 0, 1, ... in each text. One ends with the token that shows that a piece is over.
+        contexts: of each text what the policy reads besides the flat sequence; None where that is all.
         shown: the same texts behind the prompts that the teacher sees, where it sees other ones than the policy.
         ref_logprobs, proximal_logprobs, teacher_logprobs: ``[B, L]``, of the reference, of the policy as it was when
             the step began, and of the teacher.
@@ -61,6 +62,7 @@ class Batch:
     carried: Carried = field(default_factory=Carried)
     fresh: Tensor | None = None
     pieces: Tensor | None = None
+    contexts: list[Any] | None = None
     shown: Batch | None = None
     ref_logprobs: Tensor | None = None
     proximal_logprobs: Tensor | None = None
@@ -94,6 +96,8 @@ class Batch:
                 changes[one.name] = value[index] if one.name in PER_TEXT else value[index][..., :longest]
             elif isinstance(value, Batch):
                 changes[one.name] = value.select(rows)
+        if self.contexts is not None:
+            changes["contexts"] = [self.contexts[row] for row in index.tolist()]
         return replace(self, **changes)
 
     def minibatches(self, count: int, seed: int) -> Iterator[Batch]:
@@ -202,6 +206,7 @@ def collate(
         text_count=rows,
         token_count=int(mask.sum()),
         pieces=None if pieces is None else _piece_numbers(rollouts, pieces, longest),
+        contexts=None if rollouts[0].context is None else [rollout.context for rollout in rollouts],
     )
 
 

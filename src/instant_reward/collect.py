@@ -14,15 +14,15 @@ from instant_reward.algorithms import Algorithm
 from instant_reward.batch import collate
 from instant_reward.config import Config
 from instant_reward.credit import Source
-from instant_reward.data import Prompts, to_prompts
-from instant_reward.policies.causal import CausalPolicy
+from instant_reward.data import Prompts
+from instant_reward.policies.policy import Policy
 from instant_reward.policies.teacher import check_template
 from instant_reward.presets import Preset
 from instant_reward.records import rollout_from_record, rollout_record
 from instant_reward.rewards.base import Reward
 from instant_reward.rewards.scope import remembering, replay_groups
 from instant_reward.rewards.watch import Watch
-from instant_reward.sampling.engine import Engine, in_order
+from instant_reward.sampling.sampler import Sampler, in_order
 from instant_reward.text import TextDecoder
 from instant_reward.types import Prompt, Rollout, UserError
 
@@ -58,7 +58,7 @@ class Sampled:
         self.skipped = 0
         self.drawn: list[Rollout] = []
 
-    def groups(self, sampler: Engine, step: int) -> list[Group]:
+    def groups(self, sampler: Sampler, step: int) -> list[Group]:
         """The groups of a step; where all of them are equal in every round, those of the last round."""
         refills = self.config.algorithm.refill if self.skip_equal else 0
         wanted = self.config.train.prompts_per_step
@@ -76,7 +76,7 @@ class Sampled:
                 break
         return kept[:wanted] or found
 
-    def _sample(self, sampler: Engine, prompts: Sequence[Prompt], seed: int, step: int) -> list[Group]:
+    def _sample(self, sampler: Sampler, prompts: Sequence[Prompt], seed: int, step: int) -> list[Group]:
         stream = sampler.stream(prompts, self.config.train.group_size, self.rewards, seed, step)
         return list(_by_group(in_order(stream)))
 
@@ -105,7 +105,7 @@ class Given:
         self.skipped = 0
         self.drawn: list[Rollout] = []
 
-    def groups(self, sampler: Engine, step: int) -> list[Group]:
+    def groups(self, sampler: Sampler, step: int) -> list[Group]:
         """The groups of a step, scored."""
         del sampler  # the policy that is trained wrote none of them
         found = self.order.batch(step)
@@ -188,7 +188,7 @@ def _by_group(rollouts: Sequence[Rollout]) -> Iterator[Group]:
 def texts_of(
     config: Config,
     rows: Sequence[Mapping[str, Any]],
-    policy: CausalPolicy,
+    policy: Policy,
     rewards: Sequence[Reward],
     algorithm: Algorithm,
 ) -> Sampled | Given:
@@ -204,8 +204,7 @@ def texts_of(
         _check_teacher([group[0].prompt for group in recorded], config)
         return Given(recorded, rewards, config, algorithm.sources, algorithm.preset.skip_equal)
     room = 0 if config.data.completion else config.sampling.max_new_tokens
-    limit = min(policy.context, config.model.max_context or policy.context) - room
-    prompts = to_prompts(rows, policy.tokenizer, column=config.data.column, max_tokens=limit)
+    prompts = policy.prompts(rows, config.data.column, room, config.model.max_context)
     _check_teacher(prompts, config)
     if config.data.completion is not None:
         written = written_groups(prompts, config.data.completion, policy)
@@ -299,7 +298,7 @@ def recorded_groups(path: str | Path) -> list[Group]:
 
 
 def check_recorded(
-    groups: Sequence[Group], policy: CausalPolicy, max_context: int | None = None, ratios: bool = False
+    groups: Sequence[Group], policy: Policy, max_context: int | None = None, ratios: bool = False
 ) -> None:
     """Refuses texts that this policy cannot have written or cannot read.
 
@@ -311,7 +310,7 @@ def check_recorded(
     """
     texts = [rollout for group in groups for rollout in group]
     room = min(policy.context, max_context or policy.context)
-    size = policy.model.get_output_embeddings().weight.shape[0]
+    size = policy.actions
     decoder = TextDecoder(policy.tokenizer)
     for number, rollout in enumerate(texts):
         where = f"data.rollouts: the text {rollout.id}"
@@ -338,7 +337,7 @@ def check_recorded(
         )
 
 
-def written_groups(prompts: Sequence[Prompt], column: str, policy: CausalPolicy) -> list[Group]:
+def written_groups(prompts: Sequence[Prompt], column: str, policy: Policy) -> list[Group]:
     """Texts of the data's own as rollouts: the prompt, the text in ``column`` and an end token; by prompt.
 
     Their log-probabilities are the policy's as it is now: nobody knows with what chances they were written.
@@ -360,13 +359,11 @@ def written_groups(prompts: Sequence[Prompt], column: str, policy: CausalPolicy)
     return list(groups.values())
 
 
-def _written(prompt: Prompt, column: str, number: int, policy: CausalPolicy, decoder: TextDecoder) -> Rollout:
+def _written(prompt: Prompt, column: str, number: int, policy: Policy, decoder: TextDecoder) -> Rollout:
     text = prompt.info.get(column)
     if not isinstance(text, str) or not text:
         raise UserError(f"data.completion: prompt {prompt.id} has no text in its column {column!r}; correct the row")
-    own = policy.tokenizer.eos_token_id  # a model may know several ends: the tokenizer's is the one of a turn
-    end = [own] if own is not None else list(policy.end_ids[:1])
-    ids = [*policy.tokenizer(text, add_special_tokens=False)["input_ids"], *end]
+    ids = policy.actions_of(text, prompt)
     length = len(prompt.token_ids) + len(ids)
     if length > policy.context:
         raise UserError(
@@ -389,6 +386,6 @@ def _written(prompt: Prompt, column: str, number: int, policy: CausalPolicy, dec
         text=characters,
         marks=[],
         versions=[-1] * first + [0] * len(ids),
-        stop="ended" if end else "length",
+        stop="ended" if ids[-1] in policy.end_ids else "length",
         info=prompt.info,
     )

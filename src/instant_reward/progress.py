@@ -11,7 +11,7 @@ import torch
 from instant_reward.batch import Batch
 from instant_reward.importance import effective_sample_size
 from instant_reward.rewards.base import Reward
-from instant_reward.sampling.engine import Count
+from instant_reward.sampling.sampler import Count
 from instant_reward.types import LossOutput, Needs, PolicyOutput, Rollout
 
 

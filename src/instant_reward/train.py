@@ -20,8 +20,9 @@ from instant_reward._callable import make_callable
 from instant_reward.batch import Batch, Learner, collate
 from instant_reward.collect import Given, Replay, Sampled, check_source, numbered, texts_of
 from instant_reward.config import Config
-from instant_reward.policies.causal import CausalPolicy, load_policy
+from instant_reward.policies.kinds import load_policy
 from instant_reward.policies.optimizer import Optimization
+from instant_reward.policies.policy import Policy
 from instant_reward.policies.teacher import shown_to_teacher
 from instant_reward.presets import preset_of
 from instant_reward.progress import Metrics
@@ -30,13 +31,12 @@ from instant_reward.rewards.base import Reward, as_rewards
 from instant_reward.rewards.scope import load_states, observe, states_of
 from instant_reward.run import Run
 from instant_reward.sampling.draw import Settings
-from instant_reward.sampling.engine import Engine
 from instant_reward.screen import Screen
 from instant_reward.types import Carried, Rollout, UserError
 
 NOT_ALWAYS = {"skipped_groups", "stopped_early", "ratio_kl", "sampler_gap", "clipped"}  # metrics that some steps lack
 
-Extra = Callable[[CausalPolicy, int], Mapping[str, float]]
+Extra = Callable[[Policy, int], Mapping[str, float]]
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Job:
 
     config: Config
     run: Run
-    policy: CausalPolicy
+    policy: Policy
     rewards: list[Reward]
     texts: Sampled | Given
     algorithm: algorithms.Algorithm
@@ -69,7 +69,7 @@ def learn(job: Job, screen: Screen, extra: Extra | None = None) -> Run:
         extra: called with the policy after each step; the metrics it returns join the step's.
     """
     run, policy, algorithm, config = job.run, job.policy, job.algorithm, job.config.train
-    sampler = Engine(policy, sampling_settings(job.config), version=run.step)
+    sampler = policy.engine(sampling_settings(job.config), version=run.step)
     for step in range(run.step + 1, config.steps + 1):
         metrics = Metrics(job.rewards, sampler.count, algorithm.needs)
         fresh = job.texts.groups(sampler, step)
@@ -266,7 +266,7 @@ def prepare(config: Config, rewards: Sequence[Any] | None = None, resume: bool =
     return job
 
 
-def load_run_policy(path: str | Path) -> tuple[CausalPolicy, Config]:
+def load_run_policy(path: str | Path) -> tuple[Policy, Config]:
     """The policy of a run folder, from its newest checkpoint, and the run's config.
 
     Raises:
@@ -285,7 +285,7 @@ def load_run_policy(path: str | Path) -> tuple[CausalPolicy, Config]:
     return policy, run.config
 
 
-def _load_policy(config: Config) -> CausalPolicy:
+def _load_policy(config: Config) -> Policy:
     lora = config.model.lora.model_dump() if config.model.lora else None
     return load_policy(config.model.name, config.model.dtype, lora=lora)
 

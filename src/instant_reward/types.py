@@ -34,13 +34,20 @@ class RunError(UserError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a text begins with. ``text`` is what the model reads (messages are rendered by the chat template)."""
+    """What a text begins with. ``text`` is what the model reads (messages are rendered by the chat template).
+
+    Attributes:
+        token_ids: what the flat sequence begins with.
+        context: what the policy reads besides the flat sequence: of an encoder, the tokens of its source; of a choice
+            among sentences, theirs. Plain numbers, in lists. None where the flat sequence is all.
+    """
 
     id: str
     text: str
     token_ids: list[int]
     messages: list[Message] | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
+    context: list[Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +148,11 @@ class Rollout:
     def start(self) -> int:
         """The index of the first sampled token."""
         return len(self.prompt.token_ids)
+
+    @property
+    def context(self) -> list[Any] | None:
+        """What the policy read besides the flat sequence."""
+        return self.prompt.context
 
     def total(self, source: str | None = None) -> float:
         """The sum of the marks' values, of one source or of all."""

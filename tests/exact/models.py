@@ -11,7 +11,8 @@ import torch
 
 from instant_reward.policies.causal import CausalPolicy
 from instant_reward.sampling.draw import Settings
-from instant_reward.sampling.engine import Engine, in_order
+from instant_reward.sampling.engine import Engine
+from instant_reward.sampling.sampler import in_order
 from instant_reward.types import Prompt, Rollout
 from tiny import shared_tokenizer, tiny_gpt2, tiny_llama, tiny_policy
 

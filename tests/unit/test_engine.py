@@ -28,7 +28,8 @@ from instant_reward.policies.causal import CausalPolicy
 from instant_reward.rewards.base import as_reward
 from instant_reward.sampling import engine as engine_module
 from instant_reward.sampling.draw import Settings
-from instant_reward.sampling.engine import Engine, in_order
+from instant_reward.sampling.engine import Engine
+from instant_reward.sampling.sampler import in_order
 from instant_reward.types import Prompt, RewardError, Rollout, UserError
 from tiny import CONTEXT, END, exact, shared_tokenizer, tiny_config, tiny_gpt2, tiny_llama, tiny_policy
 

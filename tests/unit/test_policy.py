@@ -27,8 +27,9 @@ from transformers import (
 from instant_reward.batch import Batch, collate
 from instant_reward.data import to_prompts
 from instant_reward.policies import head, layout, states
-from instant_reward.policies.causal import CausalPolicy, load_policy
+from instant_reward.policies.causal import CausalPolicy
 from instant_reward.policies.head import Softmax, token_logprobs
+from instant_reward.policies.kinds import load_policy
 from instant_reward.policies.optimizer import Group, Optimization, Stepper
 from instant_reward.sampling.decoder import ModelDecoder
 from instant_reward.sampling.draw import Settings

@@ -13,7 +13,7 @@ from exact.chosen import Chosen
 from exact.world import World, chance
 from instant_reward.config import Config
 from instant_reward.progress import Metrics
-from instant_reward.sampling.engine import Count
+from instant_reward.sampling.sampler import Count
 from tiny import tiny_folder
 
 FINAL = ir.reward(every="end", name="final", weight=-2.0)(lambda view: chance(view.text))

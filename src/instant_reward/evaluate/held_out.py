@@ -7,15 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from instant_reward import assemble, data
+from instant_reward import assemble
 from instant_reward.batch import collate
 from instant_reward.config import Config
 from instant_reward.evaluate.metrics import evaluate_texts
-from instant_reward.policies.causal import CausalPolicy, load_policy
+from instant_reward.policies.kinds import load_policy
+from instant_reward.policies.policy import Policy
 from instant_reward.records import rollout_from_record, rollout_record
 from instant_reward.rewards.base import Reward
 from instant_reward.rewards.compose import Change
-from instant_reward.sampling.engine import Engine, in_order
+from instant_reward.sampling.sampler import in_order
 from instant_reward.train import sampling_settings
 from instant_reward.types import Prompt, Rollout
 
@@ -47,29 +48,28 @@ class HeldOut:
         labels: what the score of each reward is called in a table: which were trained on, which were held out.
     """
 
-    def __init__(self, config: Config, rewards: Sequence[Reward], policy: CausalPolicy) -> None:
+    def __init__(self, config: Config, rewards: Sequence[Reward], policy: Policy) -> None:
         assert config.evaluate.prompts is not None, "the config names no held-out prompts"
         self.config = config
         self.rewards = list(rewards)
         self.held_out = [one.but(train=False) for one in assemble.build_rewards(config.evaluate.held_out)]
         rows = assemble.load_prompt_rows(config.evaluate.prompts)
-        limit = policy.context - config.sampling.max_new_tokens
-        self.prompts: list[Prompt] = data.to_prompts(
-            rows, policy.tokenizer, column=config.evaluate.prompts.column, max_tokens=limit
-        )
+        column, room = config.evaluate.prompts.column, config.sampling.max_new_tokens
+        self.prompts: list[Prompt] = policy.prompts(rows, column, room)
         self.reference = load_policy(config.model.name, config.model.dtype)
         self.labels = {f"score/{one.name}": f"{one.name} (trained on)" for one in self.rewards if one.train}
         watched = [one for one in [*self.rewards, *self.held_out] if not one.train]
         self.labels |= {f"score/{one.name}": f"{one.name} (held out)" for one in watched}
 
-    def measure(self, policy: CausalPolicy) -> Measurement:
+    def measure(self, policy: Policy) -> Measurement:
         """Samples from the policy and scores what it wrote."""
         every = [*self.rewards, *self.held_out]
         settings = sampling_settings(self.config)
         if policy.critic is None:  # the model before training has none that could guide it
             settings = replace(settings, guide=0.0)
-        engine = Engine(policy, settings)
-        stream = engine.stream(self.prompts, self.config.evaluate.texts_per_prompt, every, seed=self.config.seed)
+        stream = policy.engine(settings).stream(
+            self.prompts, self.config.evaluate.texts_per_prompt, every, seed=self.config.seed
+        )
         rollouts = in_order(stream)
         scores = {one.name: _score(one, rollouts) for one in every}
         return Measurement(evaluate_texts(rollouts, scores, self._reference_logprobs), rollouts)

@@ -9,7 +9,7 @@ from instant_reward.evaluate.held_out import HeldOut, Measurement
 from instant_reward.evaluate.plot import learning_curve
 from instant_reward.evaluate.report import write_report
 from instant_reward.evaluate.table import Row, compare
-from instant_reward.policies.causal import CausalPolicy
+from instant_reward.policies.policy import Policy
 from instant_reward.screen import Screen
 from instant_reward.train import Job, interruptible, learn, prepare
 
@@ -25,7 +25,7 @@ def run_session(config: Config, resume: bool = False) -> int:
     before = _before(job, held_out, console) if held_out else None
     every = config.evaluate.every
 
-    def extra(policy: CausalPolicy, step: int) -> dict[str, float]:
+    def extra(policy: Policy, step: int) -> dict[str, float]:
         if held_out is None or every is None or step % every:
             return {}
         figures = held_out.measure(policy).figures

@@ -34,7 +34,7 @@ def sample_texts(options: argparse.Namespace) -> int:
         rewards = rewards or assemble.build_rewards(config.rewards)
         guide = config.sampling.guide if options.guide is None else options.guide
     else:
-        from instant_reward.policies.causal import load_policy
+        from instant_reward.policies.kinds import load_policy
 
         policy = load_policy(options.model, options.dtype)
     rollouts = policy.sample(

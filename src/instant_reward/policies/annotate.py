@@ -10,14 +10,14 @@ from torch import Tensor
 from instant_reward.batch import Batch
 from instant_reward.policies import terms
 from instant_reward.policies.critic import Critic
-from instant_reward.policies.states import States, after_the_end, on_tokens
+from instant_reward.policies.states import Reader, after_the_end, on_tokens
 from instant_reward.types import PolicyOutput
 
 if TYPE_CHECKING:
-    from instant_reward.policies.causal import CausalPolicy
+    from instant_reward.policies.learning import Learning
 
 
-def ask(policy: CausalPolicy, output: PolicyOutput, head: terms.Head, batch: Batch) -> None:
+def ask(policy: Learning, output: PolicyOutput, head: terms.Head, batch: Batch) -> None:
     """Fills in what the policy's ``needs`` name, with gradient.
 
     Args:
@@ -31,7 +31,7 @@ def ask(policy: CausalPolicy, output: PolicyOutput, head: terms.Head, batch: Bat
         output.divergence = on_tokens(terms.divergence(head, _teacher_head(policy, batch)), batch.mask)
 
 
-def _ask_critic(policy: CausalPolicy, critic: Critic, output: PolicyOutput, head: terms.Head, batch: Batch) -> None:
+def _ask_critic(policy: Learning, critic: Critic, output: PolicyOutput, head: terms.Head, batch: Batch) -> None:
     states = critic.states(batch, head.hidden, policy.states)
     if critic.value is not None:
         output.values = on_tokens(critic.values(states), batch.mask)
@@ -47,7 +47,7 @@ def _ask_critic(policy: CausalPolicy, critic: Critic, output: PolicyOutput, head
         output.spread = on_tokens(torch.stack(spreads, 1), batch.mask)
 
 
-def annotated(policy: CausalPolicy, part: Batch) -> dict[str, Tensor]:
+def annotated(policy: Learning, part: Batch) -> dict[str, Tensor]:
     """What the credit needs, by the batch's own names for it; call it without gradient."""
     needs, found = policy.needs, dict[str, Tensor]()
     if needs.reference:
@@ -73,7 +73,7 @@ def _reads_policy(critic: Critic | None) -> bool:
     return critic is not None and (critic.base is None or critic.value is None)
 
 
-def beyond_the_end(policy: CausalPolicy, critic: Critic, batch: Batch, tokens_per_part: int) -> Tensor:
+def beyond_the_end(policy: Learning, critic: Critic, batch: Batch, tokens_per_part: int) -> Tensor:
     """The value after the last token of texts that were cut off, ``[B, K]``; 0 of those that finished."""
     outputs = torch.zeros(len(batch), critic.need.outputs, dtype=batch.old_logprobs.dtype)
     cut = batch.cut_off.nonzero().flatten()
@@ -88,7 +88,7 @@ def beyond_the_end(policy: CausalPolicy, critic: Critic, batch: Batch, tokens_pe
     return outputs
 
 
-def _values(critic: Critic, head: terms.Head | None, part: Batch, reader: States) -> dict[str, Tensor]:
+def _values(critic: Critic, head: terms.Head | None, part: Batch, reader: Reader) -> dict[str, Tensor]:
     states = critic.states(part, None if head is None else head.hidden, reader)
     if critic.value is None:
         assert head is not None, "the mean of Q under the policy needs the policy"
@@ -100,7 +100,7 @@ def _values(critic: Critic, head: terms.Head | None, part: Batch, reader: States
     return found
 
 
-def _teacher_head(policy: CausalPolicy, part: Batch) -> terms.Head:
+def _teacher_head(policy: Learning, part: Batch) -> terms.Head:
     """The teacher's states and head for the texts of a part, behind the prompts that it reads."""
     with torch.no_grad(), policy.as_teacher() as model:
         return policy.head(model, part, part.shown)

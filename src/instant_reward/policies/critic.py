@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from instant_reward import credit
 from instant_reward.batch import Batch
-from instant_reward.policies.states import States
+from instant_reward.policies.states import Reader
 from instant_reward.types import CriticNeed
 
 
@@ -42,7 +42,7 @@ class Critic(nn.Module):
         self.begun: Tensor
         self.register_buffer("begun", torch.zeros((), dtype=torch.bool, device=device))
 
-    def states(self, batch: Batch, of_policy: Tensor | None, reader: States) -> Tensor:
+    def states(self, batch: Batch, of_policy: Tensor | None, reader: Reader) -> Tensor:
         """The states it reads, ``[N, D]``: its own trunk's, or the policy's."""
         if self.base is not None:
             states = reader.of_sampled(self.base, batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,19 @@ from instant_reward.batch import Batch
 from instant_reward.policies.layout import lay_out
 from instant_reward.policies.packed import pack
 from instant_reward.policies.trunk import Trained, Trunk, trunk_of
+
+
+class Reader(Protocol):
+    """Reads batches with the trunks of models: a policy's, its reference's, a critic's."""
+
+    def trunk(self, model: Any) -> Any:
+        """The model without its output head."""
+
+    def width(self, base: Any) -> int:
+        """How wide the states of a trunk are."""
+
+    def of_sampled(self, base: Any, batch: Batch) -> Tensor:
+        """The state that each sampled action is chosen from, ``[N, D]``, in the order of ``mask.nonzero()``."""
 
 
 def trunk(model: Any) -> Any:
@@ -32,8 +45,16 @@ class States:
         self.products = Trained(compute)
         self._trunks: dict[int, tuple[Any, Trunk | None]] = {}
 
+    def trunk(self, model: Any) -> Any:
+        """See ``Reader``."""
+        return trunk(model)
+
+    def width(self, base: Any) -> int:
+        """See ``Reader``."""
+        return int(base.config.hidden_size)
+
     def of_sampled(self, base: Any, batch: Batch) -> Tensor:
-        """The state that predicts each sampled token, ``[N, D]``, in the order of ``mask.nonzero()``."""
+        """See ``Reader``: the states that predict the sampled tokens."""
         known = self._trunks.get(id(base))
         if known is None:  # the model is kept beside its trunk, so that its id stays its own
             known = self._trunks[id(base)] = (base, trunk_of(base, self.products))

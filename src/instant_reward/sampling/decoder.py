@@ -20,6 +20,7 @@ from instant_reward.policies.kernels import Attention, parted
 from instant_reward.policies.packed import rows_of
 from instant_reward.policies.trunk import Product, Trunk, is_linear, shape_of
 from instant_reward.sampling.slots import Filled, SlotCache
+from instant_reward.types import Prompt
 
 PACKED_ROWS = 32  # the matrices are packed for products with about so many rows
 
@@ -30,8 +31,8 @@ class Decoder(Protocol):
     def load(self, model: Any) -> None:
         """Takes over a model's weights as they are now."""
 
-    def prefill(self, prompts: Sequence[Sequence[int]], pad: int) -> tuple[Filled, Tensor]:
-        """Reads the prompts' token ids; returns their keys and values, and the states ``[P, D]`` of their ends."""
+    def prefill(self, prompts: Sequence[Prompt], pad: int) -> tuple[Filled, Tensor]:
+        """Reads the prompts; returns their keys and values, and the states ``[P, D]`` of their ends."""
 
     def decode(self, tokens: Tensor, cache: SlotCache) -> Tensor:
         """One token a row, ``[R]``; returns the states ``[R, D]`` behind them."""
@@ -72,14 +73,15 @@ class TrunkDecoder:
             one.load()
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], pad: int) -> tuple[Filled, Tensor]:
+    def prefill(self, prompts: Sequence[Prompt], pad: int) -> tuple[Filled, Tensor]:
         """See ``Decoder``."""
         device = self._device()
-        ends = list(itertools.accumulate(len(prompt) for prompt in prompts))
-        spans = [range(end - len(prompt), end) for prompt, end in zip(prompts, ends, strict=True)]
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        ends = list(itertools.accumulate(lengths))
+        spans = [range(end - length, end) for length, end in zip(lengths, ends, strict=True)]
         rows = [one.to(device) for one in rows_of([(span, range(0)) for span in spans])]
-        ids = torch.tensor(list(itertools.chain(*prompts)), device=device)
-        positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(device)
+        ids = torch.tensor([token for prompt in prompts for token in prompt.token_ids], device=device)
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
         kept: list[tuple[Tensor, Tensor]] = []
 
         def attend(_: int, qkv: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
@@ -195,13 +197,13 @@ class ModelDecoder:
                 mine.copy_(theirs)
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], pad: int) -> tuple[Filled, Tensor]:
+    def prefill(self, prompts: Sequence[Prompt], pad: int) -> tuple[Filled, Tensor]:
         """See ``Decoder``."""
         device = next(self.model.parameters()).device
-        lengths = [len(prompt) for prompt in prompts]
+        lengths = [len(prompt.token_ids) for prompt in prompts]
         ids = torch.full((len(prompts), max(lengths)), pad)
         for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.tensor(prompt)
+            ids[row, : lengths[row]] = torch.tensor(prompt.token_ids)
         # Plain causal attention: what is right of a prompt's last token cannot reach it.
         out = self._base()(input_ids=ids.to(device), use_cache=True)
         cache: DynamicCache = out.past_key_values

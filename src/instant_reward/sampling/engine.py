@@ -7,7 +7,7 @@ A worker thread scores the tokens of one step while the next steps are decoded.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -22,31 +22,17 @@ from instant_reward.rewards.scope import held_back, of_groups
 from instant_reward.rewards.watch import Watch
 from instant_reward.sampling.decoder import decoder_of
 from instant_reward.sampling.draw import Settings, draw, uniforms
+from instant_reward.sampling.sampler import Count
 from instant_reward.sampling.slots import Filled, SlotCache
 from instant_reward.text import TextDecoder, TextStream
 from instant_reward.types import Mark, Prompt, Rollout, StopReason, UserError
 
 if TYPE_CHECKING:
-    from instant_reward.policies.causal import CausalPolicy
+    from instant_reward.policies.policy import Policy
 
 PREFILL_TOKENS = 2048  # prompts are prefilled together up to this many tokens, padding included
 
 Scored = list[tuple[list[Mark], int | None]]
-
-
-@dataclass
-class Count:
-    """What an engine has decoded.
-
-    Attributes:
-        decoded: tokens drawn in all.
-        kept: tokens that ended up in texts.
-        saved: tokens that were never drawn because a reward stopped their text.
-    """
-
-    decoded: int = 0
-    kept: int = 0
-    saved: int = 0
 
 
 @dataclass
@@ -74,7 +60,7 @@ class Engine:
         version: the policy version that is written into the rollouts.
     """
 
-    def __init__(self, policy: CausalPolicy, settings: Settings, version: int = 0) -> None:
+    def __init__(self, policy: Policy, settings: Settings, version: int = 0) -> None:
         self.settings = settings
         self.tokenizer = policy.tokenizer
         self.end_ids = policy.end_ids
@@ -94,7 +80,7 @@ class Engine:
             )
         self.version = version
 
-    def load(self, policy: CausalPolicy, version: int) -> None:
+    def load(self, policy: Policy, version: int) -> None:
         """Takes over the policy's weights as they are now."""
         self.version = version
         self.decoder.load(policy.model)
@@ -148,7 +134,7 @@ class Engine:
 
     def prefill(self, prompts: Sequence[Prompt]) -> tuple[Filled, Tensor]:
         """Reads prompts; returns the keys and values of each, and the logits ``[P, V]`` of what follows."""
-        filled, states = self.decoder.prefill([prompt.token_ids for prompt in prompts], self._pad)
+        filled, states = self.decoder.prefill(prompts, self._pad)
         return filled, self._logits(states)
 
     def decode(self, tokens: list[int], cache: SlotCache) -> Tensor:
@@ -169,11 +155,6 @@ class Engine:
         if self.settings.guide and self._critic is not None:
             logits = logits + self.settings.guide * self._critic.least(states).to(logits.dtype)
         return logits
-
-
-def in_order(rollouts: Iterable[Rollout]) -> list[Rollout]:
-    """Rollouts in the order of their prompts, siblings next to each other; a stream yields them as they finish."""
-    return sorted(rollouts, key=lambda rollout: (rollout.group, int(rollout.id.rpartition("/")[2])))
 
 
 class _Stream:
