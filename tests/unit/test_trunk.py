@@ -156,11 +156,9 @@ class TestRows:
 class TestDecoding:
     @torch.inference_mode()
     def logits(self, decoder: Any, tokens: Tensor) -> Tensor:
-        prompts = [
-            one.token_ids for one in to_prompts([{"prompt": text} for text in ("the movie", "a")], shared_tokenizer())
-        ]
+        prompts = to_prompts([{"prompt": text} for text in ("the movie", "a")], shared_tokenizer())
         filled, states = decoder.prefill(prompts, 0)
-        cache = SlotCache(4, max(map(len, prompts)) + len(tokens), len(filled[0]))
+        cache = SlotCache(4, max(len(prompt.token_ids) for prompt in prompts) + len(tokens), len(filled[0]))
         for one in filled:
             cache.add(one, 2)
         found = [decoder.head(states).repeat_interleave(2, 0)]

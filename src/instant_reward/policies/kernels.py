@@ -46,18 +46,32 @@ class Linear(torch.autograd.Function):
         return to_x, None, None, None, *found
 
 
-class RootMeanSquare(torch.autograd.Function):
-    """Llama's norm: ``weight * x / sqrt(mean(x ** 2) + eps)`` over the last dimension, in the wide dtype.
+def root_mean_square(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Llama's norm: ``weight * x / sqrt(mean(x ** 2) + eps)`` over the last dimension, in the weight's dtype.
+
+    Returns:
+        It in ``dtype``.
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4.
     """
+    if torch.is_grad_enabled():
+        normed: Tensor = _RootMeanSquare.apply(x, weight, eps, dtype)  # type: ignore[no-untyped-call]
+        return normed
+    return _root_mean_square(x, weight, eps, dtype)[0]
 
+
+def _root_mean_square(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    wide = x.to(weight.dtype)
+    scale = torch.linalg.vecdot(wide, wide).unsqueeze(-1).div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * scale).mul_(weight).to(dtype), scale
+
+
+class _RootMeanSquare(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        wide = x.to(weight.dtype)
-        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        normed, scale = _root_mean_square(x, weight, eps, dtype)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(dtype)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -72,17 +86,27 @@ class RootMeanSquare(torch.autograd.Function):
         return inner.sub_(normed.mul_(level)).mul_(scale).to(x.dtype), to_weight, None, None
 
 
-class Gated(torch.autograd.Function):
+def gated(both: Tensor) -> Tensor:
     """``silu(gate) * up`` of ``[T, 2 F]``, the gate before the other; of its input only that is kept.
 
     Source: Shazeer, "GLU Variants Improve Transformer" (2020), SwiGLU.
     """
+    if torch.is_grad_enabled():
+        found: Tensor = _Gated.apply(both)  # type: ignore[no-untyped-call]
+        return found
+    return _gated(both)
 
+
+def _gated(both: Tensor) -> Tensor:
+    gate, up = both.chunk(2, -1)
+    return torch.nn.functional.silu(gate).mul_(up)
+
+
+class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, both: Tensor) -> Tensor:
         ctx.save_for_backward(both)
-        gate, up = both.chunk(2, -1)
-        return torch.nn.functional.silu(gate).mul_(up)
+        return _gated(both)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -100,7 +124,8 @@ class Rows:
     """Which packed tokens look at which: ``R`` rows with up to ``S`` queries and ``W`` keys.
 
     Attributes:
-        queries: int64 ``[R, S]``, packed tokens; keys: int64 ``[R, W]``; 0 where there is none.
+        queries: int64 ``[R, S]``, packed tokens; keys: int64 ``[R, W]``, what they have in common with other rows and
+            then the queries themselves; 0 where there is none. A token is a query of one row alone.
         look: bool ``[R, S, W]``, which key a query looks at; every query looks at one at least.
         places, tokens: int64 ``[N]``, the queries that are tokens: their place in ``[R * S]``, and their token.
     """
@@ -176,10 +201,11 @@ class Attention(torch.autograd.Function):
         for one in ctx.rows:
             chances = _chances(query, key, one)
             upstream = _by_key_head(gradient, one, groups)
-            empty = torch.ones(one.queries.numel(), dtype=torch.bool, device=qkv.device)
-            empty[one.places] = False  # what stands where no token is must not be learned from
-            grouped = upstream.view(*upstream.shape[:2], -1, *one.queries.shape[1:], size)
-            grouped.masked_fill_(empty.view(len(one.queries), 1, 1, -1, 1), 0.0)
+            if len(one.places) < one.queries.numel():
+                empty = torch.ones(one.queries.numel(), dtype=torch.bool, device=qkv.device)
+                empty[one.places] = False  # what stands where no token is must not be learned from
+                grouped = upstream.view(*upstream.shape[:2], -1, *one.queries.shape[1:], size)
+                grouped.masked_fill_(empty.view(len(one.queries), 1, 1, -1, 1), 0.0)
             values, keys = value[one.keys].transpose(1, 2), key[one.keys].transpose(1, 2)
             _gather_back(to_value, chances.transpose(-1, -2) @ upstream, one)
             slope = upstream @ values.transpose(-1, -2)
@@ -223,4 +249,10 @@ def _scatter(out: Tensor, heard: Tensor, rows: Rows) -> None:
 
 def _gather_back(total: Tensor, gradient: Tensor, rows: Rows) -> None:
     """Adds what ``[R, G, W, d]`` says of keys or values to the tokens they are of, ``total [T, G, d]``."""
-    total.index_add_(0, rows.keys.flatten(), gradient.transpose(1, 2).flatten(0, 1))
+    count, width = rows.queries.shape
+    before = rows.keys.shape[1] - width
+    own = gradient[:, :, before:].transpose(1, 2).reshape(count * width, *total.shape[1:])
+    total[rows.tokens] += own[rows.places]  # each of them once, which an index_add_ would not know
+    if before:
+        shared = gradient[:, :, :before].transpose(1, 2).flatten(0, 1)
+        total.index_add_(0, rows.keys[:, :before].flatten(), shared)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from instant_reward.policies.kernels import Attention, Gated, Linear, RootMeanSquare, Rows
+from instant_reward.policies.kernels import Attention, Linear, Rows, gated, root_mean_square
 
 # Attends in a layer: (its number, qkv [T, H + 2 G, d], cos and sin [T, 1, d / 2] or None) -> [T, H, d]
 Attend = Callable[[int, Tensor, Tensor | None, Tensor | None], Tensor]
@@ -92,8 +92,7 @@ class LlamaShaped(Trunk):
                 qkv = torch.cat([_rms(norms[0], q, q.dtype), _rms(norms[1], k, k.dtype), v], 1)
             x = x + self.outputs[number](attend(number, qkv, cos, sin).reshape(len(x), -1))
             both = self.opening[number](_rms(layer.post_attention_layernorm, x, self.norm_dtype))
-            inner: Tensor = Gated.apply(both)  # type: ignore[no-untyped-call]
-            x = x + self.closing[number](inner)
+            x = x + self.closing[number](gated(both))
         return _rms(self.base.norm, x, self.norm_dtype)
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,8 +130,7 @@ def _embedded(table: Any, ids: Tensor) -> Tensor:
 
 def _rms(norm: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
     eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-    normed: Tensor = RootMeanSquare.apply(x, norm.weight, eps, dtype)  # type: ignore[no-untyped-call]
-    return normed
+    return root_mean_square(x, norm.weight, eps, dtype)
 
 
 class Trained:
