@@ -55,19 +55,53 @@ def _reward(config: RewardConfig) -> Reward:
 
 
 def load_prompt_rows(config: DataConfig) -> list[dict[str, Any]]:
-    """The rows of a data config: one mapping a prompt, its other columns beside it.
+    """The rows of a data config: one mapping a prompt, its other columns beside it; of a split, its ``part``.
 
     Raises:
         UserError: where the file, the function or a row cannot be used.
     """
+    return load_parts(config, [config.part])[config.part]
+
+
+def load_parts(config: DataConfig, names: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+    """The rows of the parts of a data config, by name; without a split there is one, "train".
+
+    Args:
+        names: the parts that are wanted; all without it.
+
+    Raises:
+        UserError: where a file, the function or a row cannot be used.
+    """
+    split = config.split
+    if split is not None and split.files:
+        wanted = {name: path for name, path in split.files.items() if names is None or name in names}
+        return {name: _load(config, path, config.limit) for name, path in wanted.items()}
+    source: Any = config.prompts if config.path is None else config.path
     if config.use is not None:
-        function = resolve(config.use)
-        try:
-            rows = list(function(**config.args))
-        except TypeError as error:
-            raise UserError(
-                f"data.use: {config.use} does not take args {config.args}: {error}; correct them"
-            ) from error
-        return rows[: config.limit]
-    source: Any = config.path if config.path is not None else config.prompts
-    return data.load_rows(source, column=config.column, limit=config.limit)
+        source = _called(config)
+    if split is None:
+        return {"train": _load(config, source, config.limit)}
+    parts = data.split(_load(config, source, None), split.fractions, split.seed)
+    return {name: rows[: config.limit] for name, rows in parts.items() if names is None or name in names}
+
+
+def _called(config: DataConfig) -> list[Any]:
+    """The rows that the function of a data config hands out."""
+    assert config.use is not None, "the config names no function"
+    function = resolve(config.use)
+    try:
+        return list(function(**config.args))
+    except TypeError as error:
+        raise UserError(f"data.use: {config.use} does not take args {config.args}: {error}; correct them") from error
+
+
+def _load(config: DataConfig, source: Any, limit: int | None) -> list[dict[str, Any]]:
+    return data.load_rows(
+        source,
+        column=config.column,
+        limit=limit,
+        columns=config.columns,
+        needed=[config.completion] if config.completion else [],
+        encoding=config.encoding,
+        unique=config.unique,
+    )

@@ -15,13 +15,17 @@ from pydantic_core import PydanticCustomError
 
 from instant_reward.config_algorithm import AlgorithmConfig as AlgorithmConfig
 from instant_reward.config_problems import report, sentences
+from instant_reward.config_scratch import ScratchConfig as ScratchConfig
 from instant_reward.config_section import Count, Fraction, NotNegative, Positive, Section, Text, Whole
+from instant_reward.config_split import PARTS as PARTS
+from instant_reward.config_split import SplitConfig as SplitConfig
 from instant_reward.config_weight import Weight
 from instant_reward.imports import resolve as resolve
 from instant_reward.presets import preset_of
 from instant_reward.rewards.names import import_path
 from instant_reward.yaml_values import apply_overrides, read_mapping, to_yaml
 
+SCRATCH = "scratch"
 PIECES = ("token", "word", "sentence", "line", "end")
 
 
@@ -35,19 +39,47 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
-    """The model: a short name, a local folder, a GGUF file or a hub id. ``max_context`` counts prompt and text."""
+    """The model: a short name, a local folder, a GGUF file or a hub id; or one from ``scratch``, whose name is then
+    "scratch". ``max_context`` counts prompt and text."""
 
     short = "name"
     name: Text = "smollm2-135m"
+    scratch: ScratchConfig | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     lora: LoraConfig | None = None
     max_context: Count | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("scratch") is None:
+            return values
+        if values.get("name", SCRATCH) != SCRATCH:
+            raise ValueError("name and scratch are two models; leave out one of them")
+        return {**values, "name": SCRATCH}
+
+    @model_validator(mode="after")
+    def _all_new(self) -> Self:
+        if self.scratch is not None and self.lora is not None:
+            raise ValueError("an adapter would leave the new weights of scratch as they were drawn; leave out lora")
+        if self.scratch is None and self.name == SCRATCH:
+            raise ValueError("the name scratch is for models with new weights; say which under scratch")
+        return self
 
 
 class DataConfig(Section):
     """Where prompts come from: exactly one of ``path`` (a file), ``use`` (``module:function``, called with ``args``),
     ``prompts`` (texts, lists of messages, or mappings of columns) and ``rollouts`` (a run's ``samples.jsonl``: whole
-    texts to learn from, none is sampled). ``completion`` names a column with the texts to learn from instead."""
+    texts to learn from, none is sampled). ``completion`` names a column with the texts to learn from instead.
+
+    Attributes:
+        columns: new names of columns, each with the file's own: ``{prompt: question}``; everything else here means the
+            new names.
+        encoding: of a text file, such as gb18030.
+        unique: leave out rows whose value in this column came before.
+        split: the parts of the data, as fractions of its rows or as a file each; ``part`` is the one taken.
+        limit: the first so many rows of what is left.
+    """
 
     short = "path"
     path: Text | None = None
@@ -58,6 +90,11 @@ class DataConfig(Section):
     completion: Text | None = None
     args: dict[str, Any] = {}
     limit: Count | None = None
+    columns: dict[str, Text] = {}
+    encoding: Text = "utf-8"
+    unique: Text | None = None
+    split: SplitConfig | None = None
+    part: Literal["train", "validation", "test"] = "train"
 
     @property
     def given(self) -> bool:
@@ -82,12 +119,17 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         given = [name for name in ("path", "use", "prompts", "rollouts") if getattr(self, name) is not None]
+        given += ["split's files"] if self.split is not None and self.split.files else []
         if len(given) != 1:
             raise ValueError(f"give exactly one of path, use, prompts and rollouts (there {_are(given)})")
         if self.rollouts is not None and self.completion is not None:
             raise ValueError("rollouts are whole texts already; leave out completion")
-        if self.rollouts is not None and (self.args or self.limit is not None or self.column != "prompt"):
-            raise ValueError("rollouts are taken as they are; leave out args, limit and column")
+        shaped = [name for name in ("args", "limit", "columns", "unique", "split") if getattr(self, name)]
+        shaped += ["column"] if self.column != "prompt" else []
+        if self.rollouts is not None and shaped:
+            raise ValueError(f"rollouts are taken as they are; leave out {' and '.join(shaped)}")
+        if self.part not in ({"train"} if self.split is None else {*self.split.fractions, *self.split.files}):
+            raise ValueError(f"part is {self.part}, which split does not name; add it there")
         return self
 
 

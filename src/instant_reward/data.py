@@ -1,147 +1,73 @@
 """Prompts: reading them from files, tokenising them, and handing them out step by step.
 
-Files may be JSONL, JSON, CSV, TSV, Parquet, or plain text with a prompt a line. A prompt is a string, which is
-continued as it stands, or a list of messages, which goes through the model's chat template.
+A prompt is a string, which is continued as it stands, or a list of messages, which goes through the model's chat
+template.
 """
 
 from __future__ import annotations
 
-import csv
 import itertools
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from instant_reward.data_files import Located, read_items
+from instant_reward.data_rows import Row as Row
+from instant_reward.data_rows import as_row, as_rows, unique_rows
+from instant_reward.data_rows import check_labels as check_labels
+from instant_reward.data_rows import label_of as label_of
+from instant_reward.data_rows import labels_of as labels_of
+from instant_reward.data_rows import split as split
+from instant_reward.data_rows import stream_rows as stream_rows
 from instant_reward.reviews import movie_reviews as movie_reviews
 from instant_reward.types import Message, Prompt, UserError
 
 Item = TypeVar("Item")
-_Located = tuple[str, Any]  # where something was found ("prompts.jsonl, line 3"), and what
-
-_SUFFIXES = ".jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt"
-
-
-class Row(dict[str, Any]):
-    """One row of a data set; ``where`` says where it was found, for error messages."""
-
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        super().__init__(values)
-        self.where = where
 
 
 def load_rows(
-    source: str | Path | Sequence[Any], column: str = "prompt", limit: int | None = None
+    source: str | Path | Sequence[Any],
+    column: str = "prompt",
+    limit: int | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    needed: Sequence[str] = (),
+    encoding: str = "utf-8",
+    unique: str | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of a data set, each with its prompt under ``column`` and the other columns beside it.
 
     Args:
         source: a file (by its suffix: JSONL, JSON, CSV, TSV, Parquet, or plain text with a prompt a line, empty lines
-            left out), or a sequence of strings, of message lists, or of mappings.
+            left out), a folder that ``datasets`` saved, or a sequence of strings, of message lists, or of mappings.
         column: where a row of several columns has its prompt.
         limit: the first ``limit`` rows only.
+        columns: new names of columns, each with the file's own: ``{"prompt": "question"}``. The other arguments mean
+            the new names.
+        needed: columns that must hold something in every row.
+        encoding: of a text file.
+        unique: leaves out rows whose value in this column came before.
 
     Raises:
-        UserError: the file is missing, unreadable or empty, or a row has no such column; it names file and line.
+        UserError: the file is missing, unreadable or empty, or a row has no such column or an empty cell (None, NaN)
+            there; it names file and line.
     """
     if limit is not None and limit < 1:
         raise UserError(f"the limit of the data is {limit}: give 1 or more, or leave it out.")
+    found: Iterator[Located]
     if isinstance(source, str | Path):
-        name, found = str(source), _read(Path(source).expanduser())
+        name, found = str(source), read_items(Path(source).expanduser(), encoding)
     else:
-        name, found = "the list of prompts", ((f"prompt {index}", item) for index, item in enumerate(source))
-    rows: list[dict[str, Any]] = [_row(item, where, column) for where, item in itertools.islice(found, limit)]
-    if not rows:
+        places = (getattr(item, "where", f"prompt {index}") for index, item in enumerate(source))
+        name, found = "the list of prompts", zip(places, source, strict=True)
+    rows: Iterator[Row] = as_rows(found, column, columns, needed)
+    if unique is not None:
+        rows = unique_rows(rows, unique)
+    kept: list[dict[str, Any]] = list(itertools.islice(rows, limit))
+    if not kept:
         raise UserError(f"{name} holds no prompts: add at least one.")
-    return rows
-
-
-def _row(item: Any, where: str, column: str) -> Row:
-    if isinstance(item, str | list):
-        return Row({column: item}, where)
-    if not isinstance(item, Mapping):
-        raise UserError(f"{where} is a {type(item).__name__}: a row is a string, a list of messages, or an object.")
-    if column not in item:
-        there = ", ".join(str(key) for key in item) or "none"
-        raise UserError(f"{where} has no column {column!r} (it has: {there}): name the column that holds the prompts.")
-    return Row(item, where)
-
-
-def _read(path: Path) -> Iterator[_Located]:
-    readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".parquet": _parquet, ".txt": _lines}
-    readers |= {".csv": _table, ".tsv": _table}
-    if path.is_dir():
-        raise UserError(f"the data file {path} is a folder: name a file in it ({_SUFFIXES}).")
-    if not path.exists():
-        raise UserError(f"there is no data file {path}: check the path (it is seen from {Path.cwd()}).")
-    if path.suffix.lower() not in readers:
-        raise UserError(f"the data file {path} has an unknown suffix {path.suffix!r}: use one of {_SUFFIXES}.")
-    try:
-        yield from readers[path.suffix.lower()](path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"the data file {path} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from error
-    except OSError as error:
-        raise UserError(f"the data file {path} cannot be read ({error.strerror or error}): check it.") from error
-
-
-def _lines(path: Path) -> Iterator[_Located]:
-    with path.open(encoding="utf-8-sig") as handle:
-        for number, line in enumerate(handle, start=1):
-            if line.strip():
-                yield f"{path}, line {number}", line.rstrip("\r\n")
-
-
-def _jsonl(path: Path) -> Iterator[_Located]:
-    for where, line in _lines(path):
-        try:
-            yield where, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} is not JSON ({error.msg} at column {error.colno}): mend that line.") from error
-
-
-def _json(path: Path) -> Iterator[_Located]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        hint = "mend it, or name it .jsonl if it has one object a line"
-        raise UserError(f"the data file {path} is not JSON ({error.msg} at {where}): {hint}.") from error
-    if not isinstance(found, list):
-        raise UserError(f"the data file {path} holds a JSON {type(found).__name__}: it must hold a list of rows.")
-    for number, item in enumerate(found, start=1):
-        yield f"{path}, row {number}", item
-
-
-def _table(path: Path) -> Iterator[_Located]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with path.open(encoding="utf-8-sig", newline="") as handle:
-        reader = csv.DictReader(handle, delimiter=delimiter, strict=True)
-        try:
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                columns = len(reader.fieldnames or [])
-                if None in row or None in row.values():
-                    raise UserError(f"{where} has not the {columns} columns of the first line: quote its texts.")
-                yield where, row
-        except csv.Error as error:
-            raise UserError(
-                f"{path}, line {reader.line_num + 1} is no valid CSV ({error}): mend its quotes."
-            ) from error
-
-
-def _parquet(path: Path) -> Iterator[_Located]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"reading {path} needs the package pyarrow: run `pip install pyarrow`.") from error
-    try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
-        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
-            yield f"{path}, row {number}", row
-    except pyarrow.ArrowException as error:
-        raise UserError(f"the data file {path} is no valid Parquet ({error}): write it again.") from error
+    return kept
 
 
 def to_prompts(
@@ -165,7 +91,7 @@ def to_prompts(
 
 def _prompt(row: Mapping[str, Any], index: int, tokenizer: Any, column: str, max_tokens: int | None) -> Prompt:
     where = getattr(row, "where", f"prompt {index}")
-    content = _row(dict(row), where, column)[column]
+    content = as_row(dict(row), where, column)[column]
     messages: list[Message] | None = None
     if isinstance(content, str):
         text, token_ids = content, list(tokenizer(content)["input_ids"])

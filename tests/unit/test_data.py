@@ -107,8 +107,8 @@ BAD_FILES = {
     "a.json": ('{"prompt": "a"}\n{"prompt": "b"}', r"not JSON .* line 2.* name it \.jsonl if it has one object a line"),
     "b.json": ('{"prompt": "a"}', r"holds a JSON dict: it must hold a list"),
     "c.json": ("[]", "holds no prompts"),
-    "a.csv": ("prompt,topic\na,b\na,b,c\n", r"a\.csv, line 3 has not the 2 columns"),
-    "b.csv": ("prompt,topic\na\n", r"b\.csv, line 2 has not the 2 columns"),
+    "a.csv": ("prompt,topic\na,b\na,b,c\n", r"a\.csv, line 3 has 3 cells, not the 2 columns"),
+    "b.csv": ("prompt,topic\na\n", r"b\.csv, line 2 has 1 cells, not the 2 columns"),
     "c.csv": ("text\na\n", r"line 2 has no column 'prompt' \(it has: text\)"),
     "d.csv": ('prompt\n"a"b\n', r"d\.csv, line 2 is no valid CSV"),
     "e.csv": ("", "holds no prompts"),
@@ -135,7 +135,7 @@ def test_a_missing_file_a_folder_and_other_encodings_are_named(tmp_path: Path) -
     with pytest.raises(UserError, match="is a folder: name a file in it"):
         load_rows(tmp_path)
     (tmp_path / "a.txt").write_bytes("schön".encode("latin-1"))
-    with pytest.raises(UserError, match=r"a\.txt is not UTF-8 text \(byte 3\)"):
+    with pytest.raises(UserError, match=r"a\.txt, line 1 is not UTF-8 text \(byte 4 of the line is 0xf6\)"):
         load_rows(tmp_path / "a.txt")
     with pytest.raises(UserError, match="the list of prompts holds no prompts"):
         load_rows([])

@@ -14,7 +14,10 @@ SOURCE = Path(__file__).parents[2] / "src" / "instant_reward"
 # A module imports from its own line and from the lines above it. A new module gets a place here.
 LAYERS = [
     ["_callable", "types"],
-    ["cache", "config_section", "config_weight", "fetch", "imports", "models", "notice", "records", "reviews", "text"],
+    [
+        "cache", "config_scratch", "config_section", "config_split", "config_weight", "data_files", "data_rows",
+        "fetch", "imports", "models", "notice", "records", "reviews", "text",
+    ],
     ["batch", "credit", "importance", "losses", "rewards"],
     [
         "algorithms", "assemble", "carried", "checks", "config", "config_algorithm", "config_problems",

@@ -1,0 +1,238 @@
+"""What is done to rows once they are read: columns, empty cells, duplicates, parts, a shuffled stream, labels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from instant_reward.data_files import Located, read_items
+from instant_reward.types import UserError
+
+Item = TypeVar("Item")
+
+
+class Row(dict[str, Any]):
+    """One row of a data set; ``where`` says where it was found, for error messages."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        super().__init__(values)
+        self.where = where
+
+
+def as_rows(
+    found: Iterable[Located],
+    column: str = "prompt",
+    columns: Mapping[str, str] | None = None,
+    needed: Sequence[str] = (),
+) -> Iterator[Row]:
+    """Rows of what was read, one by one.
+
+    Args:
+        found: strings and lists of messages, which get the only column ``column``; and mappings.
+        columns: new names of columns, each with the file's own.
+        needed: columns, by their new names, that hold a text or a value in every row.
+
+    Raises:
+        UserError: a row has no such column or an empty cell there; it names file and line.
+    """
+    for where, item in found:
+        row = as_row(item, where, column, columns)
+        empty(row, column, allow_text=True)
+        for name in needed:
+            empty(row, name)
+        yield row
+
+
+def as_row(item: Any, where: str, column: str = "prompt", columns: Mapping[str, str] | None = None) -> Row:
+    """One row; ``as_rows`` has the arguments and errors."""
+    if isinstance(item, str | list):
+        return Row({column: item}, where)
+    if not isinstance(item, Mapping):
+        raise UserError(f"{where} is a {type(item).__name__}: a row is a string, a list of messages, or an object.")
+    row = Row(item, where) if not columns else _renamed(item, columns, where)
+    if column not in row:
+        raise UserError(f"{where} has no column {column!r} ({_has(row)}): name the column that holds the prompts.")
+    return row
+
+
+def _renamed(item: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Row:
+    for new, old in columns.items():
+        if old not in item:
+            raise UserError(f"{where} has no column {old!r} ({_has(item)}): correct data.columns.{new}.")
+        if new in item and new not in columns.values():
+            raise UserError(
+                f"{where} has a column {new!r} already, which data.columns would lose: rename that one as well, or "
+                f"choose another name for {old!r}."
+            )
+    kept = {key: value for key, value in item.items() if key not in columns.values()}
+    return Row(kept | {new: item[old] for new, old in columns.items()}, where)
+
+
+def _has(row: Mapping[str, Any]) -> str:
+    return f"it has: {', '.join(str(key) for key in row) or 'none'}"
+
+
+def empty(row: Row, column: str, allow_text: bool = False) -> None:
+    """Refuses a missing column and an empty cell in it: None, NaN and, unless ``allow_text``, a text without a letter.
+
+    Raises:
+        UserError: names the row's file and line.
+    """
+    advice = "fill it in, or leave that row out."
+    if column not in row:
+        raise UserError(f"{row.where} has no column {column!r} ({_has(row)}): correct the column's name.")
+    value = row[column]
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        raise UserError(f"{row.where} has an empty cell ({value}) in the column {column!r}: {advice}")
+    if isinstance(value, str) and not value.strip() and not allow_text:
+        raise UserError(f"{row.where} has an empty text in the column {column!r}: {advice}")
+
+
+def unique_rows(rows: Iterable[Row], column: str) -> Iterator[Row]:
+    """The rows whose value in ``column`` did not come before. 16 bytes a value are kept in memory, not the values."""
+    seen: set[bytes] = set()
+    for row in rows:
+        empty(row, column, allow_text=True)
+        text = json.dumps(row[column], ensure_ascii=False, sort_keys=True, default=str)
+        key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if key not in seen:
+            seen.add(key)
+            yield row
+
+
+def split(rows: Sequence[Item], fractions: Mapping[str, float], seed: int = 0) -> dict[str, list[Item]]:
+    """The rows in parts, drawn by ``seed`` and the number of rows alone: what stands in a row plays no part.
+
+    Args:
+        fractions: of the rows, by the part's name; they add up to 1 or less, and the rows that they do not reach are
+            left out.
+
+    Returns:
+        The rows of each part, in the order they came in. Sizes are rounded so that no row is lost between two parts.
+
+    Raises:
+        UserError: a fraction is not above 0, they add up to more than 1, or a part would have no row.
+    """
+    total = sum(fractions.values())
+    if not fractions or min(fractions.values()) <= 0 or total > 1 + 1e-9:
+        raise UserError(
+            f"split: the fractions {dict(fractions)} must be above 0 and add up to 1 or less: correct them."
+        )
+    order = list(range(len(rows)))
+    random.Random(f"{seed}/split").shuffle(order)
+    parts: dict[str, list[Item]] = {}
+    reached, begin = 0.0, 0
+    for name, fraction in fractions.items():
+        reached += fraction
+        end = round(reached * len(rows))
+        if end == begin:
+            raise UserError(f"split: {len(rows)} rows are too few for {name}={fraction:g}: it would have none.")
+        parts[name] = [rows[index] for index in sorted(order[begin:end])]
+        begin = end
+    return parts
+
+
+def stream_rows(
+    path: str | Path,
+    buffer: int = 10_000,
+    seed: int = 0,
+    *,
+    column: str = "prompt",
+    columns: Mapping[str, str] | None = None,
+    needed: Sequence[str] = (),
+    encoding: str = "utf-8",
+    unique: str | None = None,
+) -> Iterator[Row]:
+    """The rows of a file once, in a shuffled order, with at most ``buffer`` of them in memory.
+
+    Each row that is read takes the place of one drawn from the buffer: a row comes out no more than ``buffer`` places
+    early, and can come out any number of places late. A buffer of 1 keeps the file's order.
+
+    Args:
+        seed: the same seed gives the same order; another epoch wants another one.
+        unique: leaves out rows whose value in this column came before, for 16 bytes of memory a value.
+
+    Raises:
+        UserError: the file cannot be read piece by piece (a JSON list), or as ``load_rows`` says.
+    """
+    if buffer < 1:
+        raise UserError(f"stream_rows: buffer is {buffer}: give 1 or more.")
+    file = Path(path).expanduser()
+    if file.suffix.lower() == ".json":
+        raise UserError(f"stream_rows: {path} is one JSON list, which is read whole: write it as .jsonl, a row a line.")
+    rows: Iterator[Row] = as_rows(read_items(file, encoding), column, columns, needed)
+    if unique is not None:
+        rows = unique_rows(rows, unique)
+    drawn, held = random.Random(f"{seed}/stream"), list[Row]()
+    for row in rows:
+        if len(held) < buffer:
+            held.append(row)
+            continue
+        place = drawn.randrange(buffer)
+        held[place], row = row, held[place]
+        yield row
+    if not held:
+        raise UserError(f"{path} holds no rows: add at least one.")
+    drawn.shuffle(held)
+    yield from held
+
+
+def label_of(row: Mapping[str, Any], column: str = "label") -> str:
+    """A row's label as text: 1, "1", True and the 1.0 that a column with empty cells makes of it are the same label.
+
+    Raises:
+        UserError: there is none; it names the row.
+    """
+    found = row if isinstance(row, Row) else Row(row, "a row")
+    empty(found, column)
+    value = found[column]
+    if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
+        return str(int(value))
+    return str(value).strip()
+
+
+def labels_of(rows: Iterable[Mapping[str, Any]], column: str = "label") -> list[str]:
+    """The different labels of the rows, each once: numbers by size, then the others by letter.
+
+    Raises:
+        UserError: a row has none; it names the row.
+    """
+    return sorted({label_of(row, column) for row in rows}, key=_by_size)
+
+
+def _by_size(label: str) -> tuple[bool, float, str]:
+    number = label.lstrip("-").isdecimal()
+    return (not number, float(label) if number else 0.0, label)
+
+
+def check_labels(parts: Mapping[str, Sequence[Mapping[str, Any]]], column: str = "label") -> list[str]:
+    """The labels of the part ``train``, once every part is known to have all of them and no others.
+
+    Raises:
+        UserError: there is but one label, a part has one that training never sees (it names the row), or lacks one.
+    """
+    known = labels_of(parts["train"], column)
+    if len(known) < 2:
+        raise UserError(
+            f"train has the one label {known[0]!r} in the column {column!r}: there is nothing to tell apart."
+        )
+    for name, rows in parts.items():
+        found = set[str]()
+        for row in rows:
+            label = label_of(row, column)
+            found.add(label)
+            if label not in known:
+                where = getattr(row, "where", f"a row of {name}")
+                raise UserError(
+                    f"{where} ({name}) has the label {label!r}, which training never sees (it has: "
+                    f"{', '.join(known)}): add such rows to the training part, or leave that row out."
+                )
+        missing = [label for label in known if label not in found]
+        if missing:
+            raise UserError(f"{name} has no row with the label {', '.join(missing)}: give it more rows, or split anew.")
+    return known
