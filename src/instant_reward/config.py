@@ -311,6 +311,14 @@ class Config(Section):
                 raise _below(f".{index}.name", text)
         return value
 
+    @field_validator("data")
+    @classmethod
+    def _own_texts(cls, value: DataConfig, info: Any) -> DataConfig:
+        model = info.data.get("model")
+        if model is not None and model.scratch is not None and value.rollouts is not None:
+            raise ValueError("rollouts are tokens of another model, which new weights cannot read; give texts instead")
+        return value
+
     @field_validator("train")
     @classmethod
     def _group(cls, value: TrainConfig, info: Any) -> TrainConfig:

@@ -20,6 +20,7 @@ from instant_reward.data_rows import label_of as label_of
 from instant_reward.data_rows import labels_of as labels_of
 from instant_reward.data_rows import split as split
 from instant_reward.data_rows import stream_rows as stream_rows
+from instant_reward.data_rows import texts_in as texts_in
 from instant_reward.reviews import movie_reviews as movie_reviews
 from instant_reward.types import Message, Prompt, UserError
 

@@ -105,6 +105,25 @@ def unique_rows(rows: Iterable[Row], column: str) -> Iterator[Row]:
             yield row
 
 
+def texts_in(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> Iterator[str]:
+    """The texts in these columns, row by row; of messages, what each says.
+
+    Raises:
+        UserError: a row has no such column, or neither text nor messages in it; it names the row.
+    """
+    for row in rows:
+        found = row if isinstance(row, Row) else Row(row, "a row")
+        for column in columns:
+            empty(found, column, allow_text=True)
+            value = found[column]
+            several = value if isinstance(value, list) else [value]
+            for one in several:
+                text = one.get("content") if isinstance(one, Mapping) else one
+                if not isinstance(text, str):
+                    raise UserError(f"{found.where} has no text in the column {column!r}: name columns of texts.")
+                yield text
+
+
 def split(rows: Sequence[Item], fractions: Mapping[str, float], seed: int = 0) -> dict[str, list[Item]]:
     """The rows in parts, drawn by ``seed`` and the number of rows alone: what stands in a row plays no part.
 

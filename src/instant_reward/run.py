@@ -2,7 +2,9 @@
 
 ::
 
-    config.yaml  versions.json  metrics.jsonl  samples.jsonl  checkpoints/step-000040/
+    config.yaml  versions.json  metrics.jsonl  samples.jsonl  checkpoints/step-000040/  start/
+
+``start`` is the model as the run began, where that one is nowhere else: of a model from scratch.
 
 It can be killed at any moment: small files and checkpoints are there whole or not at all, and a resumed run cuts the
 metrics and samples back to its checkpoint's step.
@@ -39,6 +41,7 @@ from instant_reward.yaml_values import read_mapping
 
 # What a resumed run may change: how long it goes on, what it keeps, and where it lies.
 MAY_CHANGE = ("train.steps", "train.save_every", "train.keep", "train.stop_when", "out")
+START = "start"
 _STEP = re.compile(r"step-(\d{6,})")
 
 
@@ -107,6 +110,13 @@ class Run:
         run.metrics = [record for record, _ in read_lines(path / "metrics.jsonl")]
         run.step = run.metrics[-1]["step"] if run.metrics else 0
         return run
+
+    def save_start(self, writer: Callable[[Path], Any]) -> None:
+        """The model as the run begins, written whole or not at all by ``writer(empty folder)``, once."""
+        self._must_write()
+        if not (self.path / START).is_dir():
+            with reporting("the model as the run begins", self.path):
+                write_folder(self.path / START, writer)
 
     def record(self, step: int, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] = ()) -> None:
         """Append a step's metrics, and its samples (rollouts with their marks), to the run's files.

@@ -20,16 +20,18 @@ from instant_reward._callable import make_callable
 from instant_reward.batch import Batch, Learner, collate
 from instant_reward.collect import Given, Replay, Sampled, check_source, numbered, texts_of
 from instant_reward.config import Config
+from instant_reward.data import texts_in
 from instant_reward.policies.kinds import load_policy
 from instant_reward.policies.optimizer import Optimization
 from instant_reward.policies.policy import Policy
+from instant_reward.policies.scratch import new_policy
 from instant_reward.policies.teacher import shown_to_teacher
 from instant_reward.presets import preset_of
 from instant_reward.progress import Metrics
 from instant_reward.records import rollout_record
 from instant_reward.rewards.base import Reward, as_rewards
 from instant_reward.rewards.scope import load_states, observe, states_of
-from instant_reward.run import Run
+from instant_reward.run import START, Run
 from instant_reward.sampling.draw import Settings
 from instant_reward.screen import Screen
 from instant_reward.types import Carried, Rollout, UserError
@@ -235,7 +237,7 @@ def prepare(config: Config, rewards: Sequence[Any] | None = None, resume: bool =
     algorithm = algorithms.build(config.algorithm, named, config.sampling.max_new_tokens)
     check_source(config, algorithm.preset)
     rows = [] if config.data.rollouts else assemble.load_prompt_rows(config.data)
-    policy = _load_policy(config)
+    policy = start_policy(config, config.out, rows)
     texts = texts_of(config, rows, policy, named, algorithm)
     if config.evaluate.prompts is not None:  # read again when they are needed; what is wrong shows now
         assemble.load_prompt_rows(config.evaluate.prompts)
@@ -257,6 +259,8 @@ def prepare(config: Config, rewards: Sequence[Any] | None = None, resume: bool =
     )
     run = Run.create(config.out, config, resume=resume)  # nothing is written before all is loaded and checked
     run.policy = policy
+    if config.model.scratch is not None:
+        run.save_start(policy.save)
     kept = config.train.replay
     replayed = Replay(kept.groups, kept.staleness, config.seed) if kept else None
     job = Job(config, run, policy, named, texts, algorithm, replayed)
@@ -276,7 +280,7 @@ def load_run_policy(path: str | Path) -> tuple[Policy, Config]:
     checkpoint = run.latest_checkpoint()
     if checkpoint is None:
         raise UserError(f"{path} has no checkpoint yet; let it train to its first one (train.save_every) or its end")
-    policy = _load_policy(run.config)
+    policy = start_policy(run.config, path)
     policy.load_weights(checkpoint)
     preset = preset_of(run.config.algorithm)
     critic = algorithms.needs(run.config.algorithm, preset, 1).critic
@@ -285,9 +289,24 @@ def load_run_policy(path: str | Path) -> tuple[Policy, Config]:
     return policy, run.config
 
 
-def _load_policy(config: Config) -> Policy:
+def start_policy(config: Config, folder: str | Path, rows: Sequence[Mapping[str, Any]] = ()) -> Policy:
+    """The policy as a run begins: the model that the config names, or one with new weights.
+
+    Args:
+        folder: the run's, where new weights are kept from the start on.
+        rows: the run's data, on which a new tokenizer is trained.
+    """
+    scratch = config.model.scratch
+    if scratch is not None and not (Path(folder) / START).is_dir():
+        given = [config.data.column, *([config.data.completion] if config.data.completion else [])]
+        return new_policy(scratch, list(texts_in(rows, scratch.tokenizer.columns or given)), config.model.dtype)
     lora = config.model.lora.model_dump() if config.model.lora else None
-    return load_policy(config.model.name, config.model.dtype, lora=lora)
+    return load_policy(start_name(config, folder), config.model.dtype, lora=lora)
+
+
+def start_name(config: Config, folder: str | Path) -> str:
+    """What ``load_policy`` takes for the model that the run in ``folder`` began with."""
+    return config.model.name if config.model.scratch is None else str(Path(folder) / START)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from instant_reward.records import rollout_from_record, rollout_record
 from instant_reward.rewards.base import Reward
 from instant_reward.rewards.compose import Change
 from instant_reward.sampling.sampler import in_order
-from instant_reward.train import sampling_settings
+from instant_reward.train import sampling_settings, start_name
 from instant_reward.types import Prompt, Rollout
 
 
@@ -56,7 +56,7 @@ class HeldOut:
         rows = assemble.load_prompt_rows(config.evaluate.prompts)
         column, room = config.evaluate.prompts.column, config.sampling.max_new_tokens
         self.prompts: list[Prompt] = policy.prompts(rows, column, room)
-        self.reference = load_policy(config.model.name, config.model.dtype)
+        self.reference = load_policy(start_name(config, config.out), config.model.dtype)
         self.labels = {f"score/{one.name}": f"{one.name} (trained on)" for one in self.rewards if one.train}
         watched = [one for one in [*self.rewards, *self.held_out] if not one.train]
         self.labels |= {f"score/{one.name}": f"{one.name} (held out)" for one in watched}

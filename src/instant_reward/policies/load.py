@@ -117,7 +117,8 @@ def check_attention(model: Any) -> None:
 def check_head(model: Any) -> None:
     """The log-probabilities are computed from the head's weight: a model that does more to its logits is refused."""
     head = model.get_output_embeddings()
-    ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    shown = int(model.config.pad_token_id == 0)  # transformers warns of padding where it sees the pad token
+    ids = torch.full((1, 2), shown, device=next(model.parameters()).device)
     with torch.no_grad():
         whole = model(input_ids=ids, use_cache=False).logits
         states = trunk(model)(input_ids=ids, use_cache=False).last_hidden_state
