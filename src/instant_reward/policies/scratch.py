@@ -37,7 +37,9 @@ WHERE = "model.scratch.config"
 # What the tokenizer fixes: its size, and the ids of its special tokens.
 SIZES = ("vocab_size", "decoder_vocab_size")
 IDS = ("pad", "bos", "eos", "unk", "sep", "cls", "mask", "decoder_start", "forced_bos", "forced_eos")
-WRONG = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, StrictDataclassError)
+WRONG = (
+    ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, ArithmeticError, StrictDataclassError
+)  # fmt: skip
 
 
 def build_model(
@@ -170,8 +172,14 @@ def _model(config: Any, kind: ModelKind, seed: int) -> Any:
 def _check_causal(model: Any) -> None:
     """A model that reads both ways would be told each next token before it predicts it."""
     ids = torch.tensor([[1, 2, 1], [1, 2, 3]])
-    with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    except WRONG as error:
+        raise UserError(
+            f"{WHERE}: the {model.config.model_type} model of these values does not run ({_said(error)}): correct them "
+            "(heads must share the hidden size, and num_key_value_heads the heads)."
+        ) from error
     if not torch.allclose(logits[0, :2], logits[1, :2], atol=1e-5):
         raise UserError(
             f"{WHERE}.model_type: a {model.config.model_type} model reads the tokens that follow, so it cannot write "

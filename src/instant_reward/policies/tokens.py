@@ -133,12 +133,11 @@ def _cuts(pattern: str, stop_words: Sequence[str]) -> Any:
     if not stop_words:
         return cut
     # A word of letters is left out only where no other letter touches it; between Chinese ones there are no borders.
-    spaceless = re.compile(r"[\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
     words = sorted(set(stop_words), key=lambda word: (-len(word), word))
-    bare = "|".join(re.escape(word) for word in words if spaceless.match(word))
-    alone = "|".join(re.escape(word) for word in words if not spaceless.match(word))
-    bordered = rf" ?(?<![{_LETTER}])(?:{alone})(?![{_LETTER}])"
-    either = "|".join([*([bordered] if alone else []), *([f"(?:{bare})"] if bare else [])])
+    bare = "|".join(re.escape(word) for word in words if _stands_alone(cut, word[0]))
+    lettered = "|".join(re.escape(word) for word in words if not _stands_alone(cut, word[0]))
+    bordered = rf" ?(?<![{_LETTER}])(?:{lettered})(?![{_LETTER}])"
+    either = "|".join([*([bordered] if lettered else []), *([f"(?:{bare})"] if bare else [])])
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(f"(?i:{either})"), "removed"), cut])
 
 
@@ -164,8 +163,15 @@ def _word_pieces(
     for word, found in zip(listed, pairs.encode_batch(listed), strict=True):
         for piece, (start, _) in zip(found.tokens, found.offsets, strict=True):
             pieces[CONTINUED + piece if start else piece] += words[word]
-        for place, character in enumerate(word):  # every word that can be spelled has its tokens
-            pieces[CONTINUED + character if place else character] += 0 if len(word) == 1 else words[word]
+    # Every character begins words and goes on with them, so that each word of known characters can be spelled.
+    characters: Counter[str] = Counter()
+    for word, count in words.items():
+        for character in word:
+            characters[character] += count
+    for character, count in characters.items():
+        pieces[character] = count
+        if not _stands_alone(backend.pre_tokenizer, character):
+            pieces[CONTINUED + character] = count
     ranked = sorted(pieces, key=lambda piece: (not _one(piece), -pieces[piece], piece))
     kept = [piece for piece in ranked if pieces[piece] >= minimum][: vocabulary - len(special)]
     vocab = {token: number for number, token in enumerate([*special, *kept])}
@@ -174,6 +180,11 @@ def _word_pieces(
     made.decoder = decoders.Sequence([decoders.Replace(Regex(f"^{CONTINUED}"), ""), decoders.Fuse()])
     made.add_special_tokens(special)
     return made
+
+
+def _stands_alone(cut: Any, character: str) -> bool:
+    """Whether a character is never a part of a longer word: one of a script without spaces, or white space."""
+    return len(cut.pre_tokenize_str(f" {character}")) > 1
 
 
 def _one(piece: str) -> bool:
