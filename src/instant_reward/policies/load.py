@@ -8,6 +8,7 @@ import torch
 
 from instant_reward import models
 from instant_reward.notice import without_bars
+from instant_reward.policies import recurrent, transformer  # noqa: F401  importing them makes their kinds known
 from instant_reward.policies.states import trunk
 from instant_reward.types import UserError
 
@@ -66,6 +67,8 @@ def with_lora(
         import peft
     except ModuleNotFoundError as error:
         raise UserError("model.lora needs the package peft; run: pip install 'instant-reward[lora]'") from error
+    if isinstance(trunk(model), recurrent.RecurrentTrunk):
+        raise UserError("model.lora: a recurrent model takes no adapter; leave it out to train all weights")
     if dropout:
         raise UserError(
             "model.lora.dropout must be 0: dropout makes the trainer's log-probabilities differ from the sampler's"

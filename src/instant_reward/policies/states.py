@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from instant_reward.batch import Batch
+from instant_reward.policies import recurrent
 from instant_reward.policies.layout import lay_out
 from instant_reward.policies.packed import pack
 from instant_reward.policies.trunk import Trained, Trunk, trunk_of
@@ -55,6 +56,8 @@ class States:
 
     def of_sampled(self, base: Any, batch: Batch) -> Tensor:
         """See ``Reader``: the states that predict the sampled tokens."""
+        if isinstance(base, recurrent.RecurrentTrunk):
+            return recurrent.of_sampled(base, batch, self.products)
         known = self._trunks.get(id(base))
         if known is None:  # the model is kept beside its trunk, so that its id stays its own
             known = self._trunks[id(base)] = (base, trunk_of(base, self.products))

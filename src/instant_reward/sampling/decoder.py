@@ -1,7 +1,8 @@
 """What the engine decodes with: a model's weights as they were at the last ``load``, and the passes over them.
 
 ``TrunkDecoder`` runs the library's own functions of packed tokens, with joined and packed weight matrices; models of
-another shape (``shape_of``) go through their own forward pass (``ModelDecoder``).
+another shape (``shape_of``) go through their own forward pass (``ModelDecoder``), recurrent ones through
+``RecurrentDecoder``.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 from transformers import DynamicCache
 
 from instant_reward.policies.kernels import Attention, parted
 from instant_reward.policies.packed import rows_of
-from instant_reward.policies.trunk import Product, Trunk, is_linear, shape_of
-from instant_reward.sampling.slots import Filled, SlotCache
+from instant_reward.policies.recurrent import RecurrentTrunk
+from instant_reward.policies.trunk import Trunk, is_linear, shape_of
+from instant_reward.sampling.recurrent import RecurrentDecoder
+from instant_reward.sampling.slots import Filled, SlotCache, Slots
+from instant_reward.sampling.weights import Joined, Packed
 from instant_reward.types import Prompt
-
-PACKED_ROWS = 32  # the matrices are packed for products with about so many rows
 
 
 class Decoder(Protocol):
@@ -31,10 +32,13 @@ class Decoder(Protocol):
     def load(self, model: Any) -> None:
         """Takes over a model's weights as they are now."""
 
-    def prefill(self, prompts: Sequence[Prompt], pad: int) -> tuple[Filled, Tensor]:
-        """Reads the prompts; returns their keys and values, and the states ``[P, D]`` of their ends."""
+    def new_cache(self, slots: int, width: int) -> Slots:
+        """Room for so many texts, of ``width`` tokens each, prompt included."""
 
-    def decode(self, tokens: Tensor, cache: SlotCache) -> Tensor:
+    def prefill(self, prompts: Sequence[Prompt], pad: int) -> tuple[Sequence[Any], Tensor]:
+        """Reads the prompts; returns what the cache keeps of each, and the states ``[P, D]`` of their ends."""
+
+    def decode(self, tokens: Tensor, cache: Any) -> Tensor:
         """One token a row, ``[R]``; returns the states ``[R, D]`` behind them."""
 
     def head(self, states: Tensor) -> Tensor:
@@ -57,9 +61,9 @@ class TrunkDecoder:
         linear = [one.weight for one in base.modules() if is_linear(one)]
         # The twin has norms, embeddings and biases of its own; its linear weights are the model's, to be packed.
         self.twin = copy.deepcopy(base, {id(weight): weight for weight in linear})
-        self.products = _Packed(dtype)
+        self.products = Packed(dtype)
         self.trunk = shape(self.twin, self.products)
-        self._head = _Joined([model.get_output_embeddings()], dtype)
+        self._head = Joined([model.get_output_embeddings()], dtype)
         self.load(model)
 
     @torch.no_grad()
@@ -71,6 +75,10 @@ class TrunkDecoder:
                 mine.copy_(theirs)
         for one in [*self.products.made, self._head]:
             one.load()
+
+    def new_cache(self, slots: int, width: int) -> SlotCache:
+        """See ``Decoder``."""
+        return SlotCache(slots, width, int(self.trunk.base.config.num_hidden_layers))
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Prompt], pad: int) -> tuple[Filled, Tensor]:
@@ -126,62 +134,6 @@ class TrunkDecoder:
         return self.trunk.wide if x.device.type == "cpu" else x.dtype
 
 
-class _Packed:
-    """Products by matrices of their own, without gradient; what is made is loaded together."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.made: list[_Joined] = []
-
-    def of(self, layers: Sequence[Any]) -> Product:
-        """See ``trunk.Products``."""
-        self.made.append(_Joined(layers, self.dtype))
-        return self.made[-1]
-
-
-class _Joined:
-    """Linear layers that read the same input, as one product; on a processor in the order that it reads fastest."""
-
-    def __init__(self, layers: Sequence[Any], dtype: torch.dtype) -> None:
-        self.layers, self.dtype = list(layers), dtype
-        weights = [self._matrix(layer) for layer in self.layers]
-        self.packs = (
-            weights[0].device.type == "cpu"
-            and dtype in (torch.float32, torch.bfloat16)
-            and torch._C._has_mkldnn
-            and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        )
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
-
-    def load(self) -> None:
-        """Takes over the layers' weights."""
-        weights = [self._matrix(layer).detach().to(self.dtype) for layer in self.layers]
-        joined = (weights[0] if len(weights) == 1 else torch.cat(weights)).contiguous()
-        biases = [getattr(layer, "bias", None) for layer in self.layers]
-        if biases[0] is not None:
-            self.bias = torch.cat([bias.detach() for bias in biases if bias is not None]).to(self.dtype)
-        if self.packs:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(joined, PACKED_ROWS)
-        else:
-            shared = joined.data_ptr() == self._matrix(self.layers[0]).data_ptr()
-            self.weight = joined.clone() if shared else joined
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """What the layers make of ``x [T, I]``, one behind the other."""
-        assert self.weight is not None, "load the weights first"
-        if self.packs:
-            found: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-            return found
-        return functional.linear(x, self.weight, self.bias)
-
-    @staticmethod
-    def _matrix(layer: Any) -> Tensor:
-        """``[O, I]``; GPT-2 stores it the other way round."""
-        weight: Tensor = layer.weight
-        return weight if isinstance(layer, nn.Linear) else weight.t()
-
-
 class ModelDecoder:
     """The model's own forward pass; with bfloat16 products over a bfloat16 copy of it."""
 
@@ -195,6 +147,10 @@ class ModelDecoder:
         if self.copies:
             for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
                 mine.copy_(theirs)
+
+    def new_cache(self, slots: int, width: int) -> SlotCache:
+        """See ``Decoder``."""
+        return SlotCache(slots, width, int(self.model.config.num_hidden_layers))
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Prompt], pad: int) -> tuple[Filled, Tensor]:
@@ -247,5 +203,7 @@ def _bfloat16_copy(model: Any) -> Any:
 
 def decoder_of(model: Any, dtype: torch.dtype) -> Decoder:
     """The faster decoder that fits a model."""
+    if isinstance(getattr(model, model.base_model_prefix), RecurrentTrunk):
+        return RecurrentDecoder(model, dtype)
     shape = shape_of(getattr(model, model.base_model_prefix))
     return ModelDecoder(model, dtype) if shape is None else TrunkDecoder(model, dtype, shape)

@@ -23,7 +23,7 @@ from instant_reward.rewards.watch import Watch
 from instant_reward.sampling.decoder import decoder_of
 from instant_reward.sampling.draw import Settings, draw, uniforms
 from instant_reward.sampling.sampler import Count
-from instant_reward.sampling.slots import Filled, SlotCache
+from instant_reward.sampling.slots import Slots
 from instant_reward.text import TextDecoder, TextStream
 from instant_reward.types import Mark, Prompt, Rollout, StopReason, UserError
 
@@ -68,7 +68,6 @@ class Engine:
         self.count = Count()
         self.decoder = decoder_of(policy.model, policy.compute)
         self._text_decoder = TextDecoder(policy.tokenizer)
-        self._layers = int(policy.model.config.num_hidden_layers)
         self._pad = policy.pad_id
         self._critic = policy.critic
         if settings.guide and (
@@ -132,20 +131,20 @@ class Engine:
             )
         return groups
 
-    def prefill(self, prompts: Sequence[Prompt]) -> tuple[Filled, Tensor]:
-        """Reads prompts; returns the keys and values of each, and the logits ``[P, V]`` of what follows."""
+    def prefill(self, prompts: Sequence[Prompt]) -> tuple[Sequence[Any], Tensor]:
+        """Reads prompts; returns what the cache keeps of each, and the logits ``[P, V]`` of what follows."""
         filled, states = self.decoder.prefill(prompts, self._pad)
         return filled, self._logits(states)
 
-    def decode(self, tokens: list[int], cache: SlotCache) -> Tensor:
+    def decode(self, tokens: list[int], cache: Slots) -> Tensor:
         """One token a row; returns the logits ``[R, V]`` of what follows."""
         return self._logits(self.decoder.decode(torch.tensor(tokens), cache))
 
-    def new_cache(self, groups: Sequence[Sequence[_Text]]) -> SlotCache:
+    def new_cache(self, groups: Sequence[Sequence[_Text]]) -> Slots:
         """Room for the longest prompt with a full text behind it, in every slot."""
         longest = max(len(texts[0].prompt.token_ids) for texts in groups)
         slots = min(self.settings.rows, sum(len(texts) for texts in groups))
-        return SlotCache(slots, longest + self.settings.max_new_tokens, self._layers)
+        return self.decoder.new_cache(slots, longest + self.settings.max_new_tokens)
 
     @torch.inference_mode()
     def _logits(self, states: Tensor) -> Tensor:
@@ -166,9 +165,7 @@ class _Stream:
         self.active: list[_Text] = []
         self.fresh: list[_Text] = []
         self.pending: deque[tuple[list[tuple[_Text, bool]], Future[Scored]]] = deque()
-        self.split: tuple[list[tuple[Tensor, Tensor]], Tensor] | None = (
-            None  # the read prompt of a group that did not fit whole
-        )
+        self.split: tuple[Any, Tensor] | None = None  # the read prompt of a group that did not fit whole
 
     def run(self, waiting: deque[list[_Text]]) -> Iterator[Rollout]:
         if not waiting:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +10,19 @@ from transformers import Cache
 
 # Of each prompt, by layer: its keys and values, [length, heads, size].
 Filled = list[list[tuple[Tensor, Tensor]]]
+
+
+class Slots(Protocol):
+    """What the engine knows of a decoder's cache: active texts are the first ``count`` of its ``slots``."""
+
+    slots: int
+    count: int
+
+    def add(self, prompt: Any, copies: int) -> None:
+        """Puts what was kept of one prompt into the next ``copies`` slots."""
+
+    def remove(self, slot: int) -> None:
+        """Frees a slot: the last active text moves into it."""
 
 
 class SlotCache(Cache):
