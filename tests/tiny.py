@@ -11,7 +11,15 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from instant_reward.policies.causal import CausalPolicy
 
@@ -106,6 +114,22 @@ def tiny_gpt2(seed: int = 0, dtype: torch.dtype = torch.float64) -> GPT2LMHeadMo
         **{f"{part}_pdrop": 0.0 for part in ("attn", "embd", "resid")},
     )
     return _readable(GPT2LMHeadModel(config).to(dtype))
+
+
+def tiny_own(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
+    """A model of the library's own ("recurrent", "transformer"): a projection behind LSTM cells, the head tied."""
+    torch.manual_seed(seed)
+    tokenizer = shared_tokenizer()
+    shape: dict[str, Any] = {"cell_size": 40, "initializer_range": 0.6}
+    if kind == "transformer":
+        shape = {"num_hidden_layers": 2, "max_position_embeddings": CONTEXT, "initializer_range": 0.3}
+    config = AutoConfig.for_model(
+        kind,
+        **{"vocab_size": len(tokenizer), "hidden_size": 32, **shape, **changes},
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return _readable(AutoModelForCausalLM.from_config(config).to(dtype))
 
 
 def _readable(model: Any) -> Any:

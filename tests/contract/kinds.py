@@ -1,0 +1,151 @@
+"""The kinds of policies that keep the contract: one entry each, and what the tests ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import instant_reward as ir
+from instant_reward.policies.causal import CausalPolicy
+from instant_reward.policies.policy import Policy
+from instant_reward.rewards.base import as_rewards
+from instant_reward.rewards.watch import Watch
+from instant_reward.text import TextDecoder
+from instant_reward.types import Prompt, Rollout
+from tiny import exact, tiny_gpt2, tiny_llama, tiny_own, tiny_policy
+
+LETTERS = ("a", "b", "<end>")
+
+
+@ir.reward(every="token")
+def writes_o(view: ir.View) -> float:
+    """One for each token that brings the letter: what the small task asks for."""
+    return 1.0 if "o" in view.piece else 0.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of policy.
+
+    Attributes:
+        policy: a small one, whose texts differ in length; with float64 every operation is float64.
+        few: one in float64 with so few actions that all its texts are enumerated, and a prompt for it.
+        chances: the probabilities of texts ``[N]`` with gradient, by the model alone: nothing of the policy is used.
+        longest: how many actions a text of ``few`` has at most.
+        rows: prompts of different lengths.
+        sample: further options of ``Policy.sample``.
+        sections: of the config of a training run on ``rows``, without model, steps and folder.
+        reward: of the small task; level: what its mean must pass; steps: in how many steps.
+    """
+
+    name: str
+    policy: Callable[[torch.dtype], Policy]
+    few: Callable[[], tuple[Policy, Prompt]]
+    chances: Callable[[Policy, Sequence[Rollout]], Tensor]
+    longest: int = 3
+    rows: tuple[dict[str, Any], ...] = ({"prompt": "the movie was"}, {"prompt": "a"}, {"prompt": "it was not a good"})
+    sample: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 10, "rows": 5})
+    sections: dict[str, Any] = field(default_factory=lambda: {"sampling": {"max_new_tokens": 6}})
+    reward: Any = writes_o
+    level: float = 3.0
+    steps: int = 40
+
+
+def every_text(policy: Policy, prompt: Prompt, longest: int, rewards: Sequence[Any]) -> list[Rollout]:
+    """All texts that a policy can write behind a prompt, scored as they are written."""
+    texts = [
+        list(actions)
+        for length in range(1, longest + 1)
+        for actions in product(range(policy.actions), repeat=length)
+        if not any(one in policy.end_ids for one in actions[:-1])
+        and (length == longest or actions[-1] in policy.end_ids)
+    ]
+    watch, first = Watch(as_rewards(rewards), TextDecoder(policy.tokenizer)), len(prompt.token_ids)
+    found = []
+    for number, actions in enumerate(texts):
+        watch.open(number, prompt)
+        watch.feed(number, actions, True)
+        characters, char_ends, marks = watch.close(number)
+        found.append(
+            Rollout(
+                id=f"{prompt.id}/{number}",
+                group=number,
+                prompt=prompt,
+                token_ids=[*prompt.token_ids, *actions],
+                mask=[False] * first + [True] * len(actions),
+                logprobs=[0.0] * (first + len(actions)),
+                char_ends=char_ends,
+                text=characters,
+                marks=marks,
+                versions=[-1] * first + [0] * len(actions),
+                stop="ended" if actions[-1] in policy.end_ids else "length",
+            )
+        )
+    return found
+
+
+def by_the_model(policy: Policy, rollouts: Sequence[Rollout]) -> Tensor:
+    """The chances of a causal model's texts, each in a forward pass of its own."""
+    found = []
+    for rollout in rollouts:
+        ids = torch.tensor([rollout.token_ids])
+        table = policy.model(input_ids=ids[:, :-1]).logits.log_softmax(-1)
+        each = table.gather(2, ids[:, 1:, None])[0, :, 0]
+        found.append(each[torch.tensor(rollout.mask[1:])].sum().exp())
+    return torch.stack(found)
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """Two letters and the end."""
+    backend = Tokenizer(models.WordLevel({name: number for number, name in enumerate(LETTERS)}, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.add_special_tokens([LETTERS[-1]])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=LETTERS[-1])
+
+
+def few_letters(model_type: str, **shape: Any) -> tuple[Policy, Prompt]:
+    """A causal policy over the letters, and a prompt of two."""
+    torch.manual_seed(0)
+    size = {"vocab_size": len(LETTERS), "bos_token_id": None, "eos_token_id": 2, "pad_token_id": None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **size, **shape)).double()
+    policy = CausalPolicy(exact(model), letters(), torch.float64)
+    return policy, Prompt("p", "ab", [0, 1])
+
+
+def own(kind: str, dtype: torch.dtype, **shape: Any) -> Policy:
+    """A policy around a model of the library's own."""
+    return tiny_policy(tiny_own(kind, dtype=dtype, **shape), dtype)
+
+
+SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.5}
+CELLS = {"hidden_size": 8, "cell_size": 6, "num_hidden_layers": 2, "initializer_range": 0.9}
+KINDS = [
+    Kind(
+        "llama",
+        lambda dtype: tiny_policy(tiny_llama(dtype=dtype), dtype),
+        partial(few_letters, "llama", intermediate_size=12, num_key_value_heads=1, **SMALL),
+        by_the_model,
+    ),
+    Kind(
+        "gpt2",
+        lambda dtype: tiny_policy(tiny_gpt2(dtype=dtype), dtype),
+        partial(few_letters, "gpt2", n_embd=8, n_layer=2, n_head=2, initializer_range=0.5),
+        by_the_model,
+    ),
+    Kind("transformer", partial(own, "transformer"), partial(few_letters, "transformer", **SMALL), by_the_model),
+    Kind("lstm", partial(own, "recurrent"), partial(few_letters, "recurrent", **CELLS), by_the_model),
+    Kind(
+        "gru",
+        partial(own, "recurrent", cell="gru", tie_word_embeddings=False),
+        partial(few_letters, "recurrent", cell="gru", tie_word_embeddings=False, **CELLS),
+        by_the_model,
+    ),
+]
