@@ -41,7 +41,7 @@ class Kind:
         chances: the probabilities of texts ``[N]`` with gradient, by the model alone: nothing of the policy is used.
         longest: how many actions a text of ``few`` has at most.
         rows: prompts of different lengths.
-        sample: further options of ``Policy.sample``.
+        sample: further options of ``Policy.sample``, with which texts end at different times.
         sections: of the config of a training run on ``rows``, without model, steps and folder.
         reward: of the small task; level: what its mean must pass; steps: in how many steps.
     """
@@ -52,7 +52,7 @@ class Kind:
     chances: Callable[[Policy, Sequence[Rollout]], Tensor]
     longest: int = 3
     rows: tuple[dict[str, Any], ...] = ({"prompt": "the movie was"}, {"prompt": "a"}, {"prompt": "it was not a good"})
-    sample: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 10, "rows": 5})
+    sample: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 10, "rows": 5, "stop": ["e", "o", "A"]})
     sections: dict[str, Any] = field(default_factory=lambda: {"sampling": {"max_new_tokens": 6}})
     reward: Any = writes_o
     level: float = 3.0
@@ -103,6 +103,31 @@ def by_the_model(policy: Policy, rollouts: Sequence[Rollout]) -> Tensor:
     return torch.stack(found)
 
 
+def by_torchs_cells(policy: Policy, rollouts: Sequence[Rollout]) -> Tensor:
+    """The chances of a recurrent model's texts, by torch's own LSTM and GRU with the model's weights in them."""
+    trunk, config = policy.model.trunk, policy.model.config
+    lstm = config.cell == "lstm"
+    blocks = [1, 2, 3, 0] if lstm else [0, 1, 2]  # torch's gates: input, forget, candidate, output
+    weights = {}
+    for number, layer in enumerate(trunk.layers):
+        for name, linear in (("ih", layer.inputs), ("hh", layer.carried)):
+            bias = torch.zeros_like(layer.inputs.bias) if linear.bias is None else linear.bias
+            for what, values in (("weight", linear.weight), ("bias", bias)):
+                parts = torch.split(values, config.cell_size)
+                weights[f"{what}_{name}_l{number}"] = torch.cat([parts[block] for block in blocks])
+    cells = (torch.nn.LSTM if lstm else torch.nn.GRU)(
+        config.hidden_size, config.cell_size, config.num_hidden_layers, batch_first=True
+    ).double()
+    found = []
+    for rollout in rollouts:
+        ids = torch.tensor([rollout.token_ids])
+        states = torch.func.functional_call(cells, weights, (trunk.tokens(ids[:, :-1]),))[0]
+        logits = policy.model.head(states if trunk.projection is None else trunk.projection(states))
+        each = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[0, :, 0]
+        found.append(each[torch.tensor(rollout.mask[1:])].sum().exp())
+    return torch.stack(found)
+
+
 def letters() -> PreTrainedTokenizerFast:
     """Two letters and the end."""
     backend = Tokenizer(models.WordLevel({name: number for number, name in enumerate(LETTERS)}, unk_token="a"))
@@ -141,11 +166,11 @@ KINDS = [
         by_the_model,
     ),
     Kind("transformer", partial(own, "transformer"), partial(few_letters, "transformer", **SMALL), by_the_model),
-    Kind("lstm", partial(own, "recurrent"), partial(few_letters, "recurrent", **CELLS), by_the_model),
+    Kind("lstm", partial(own, "recurrent"), partial(few_letters, "recurrent", **CELLS), by_torchs_cells),
     Kind(
         "gru",
         partial(own, "recurrent", cell="gru", tie_word_embeddings=False),
         partial(few_letters, "recurrent", cell="gru", tie_word_embeddings=False, **CELLS),
-        by_the_model,
+        by_torchs_cells,
     ),
 ]

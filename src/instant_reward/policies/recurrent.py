@@ -9,7 +9,7 @@ to token is rounded. torch's own recurrent layers have no bfloat16 with gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,22 +82,16 @@ class Layer(nn.Module):
         # A GRU's reset gate scales what the state says of the candidate, bias included; in an LSTM two would be one.
         self.carried = nn.Linear(width, GATES[cell] * width, bias=cell == "gru")
 
-
-def first_weights(module: nn.Module, otherwise: Callable[[nn.Module], None]) -> None:
-    """A layer's first weights; ``otherwise`` sees to what is no layer."""
-    if not isinstance(module, Layer):
-        otherwise(module)
-        return
-    width = module.carried.in_features
-    for weight in torch.split(module.inputs.weight, width):
-        nn.init.xavier_uniform_(weight)
-    for weight in torch.split(module.carried.weight, width):
-        nn.init.orthogonal_(weight)
-    for linear in (module.inputs, module.carried):
-        if linear.bias is not None:
-            nn.init.zeros_(linear.bias)
-    if module.cell == "lstm":  # a young LSTM keeps what it carries (Jozefowicz et al., 2015)
-        nn.init.ones_(module.inputs.bias[2 * width : 3 * width])
+    @torch.no_grad()
+    def begin(self) -> None:
+        """The first weights, gate by gate: an LSTM begins by keeping what it carries (Jozefowicz et al., 2015)."""
+        width = self.carried.in_features
+        for weight in torch.split(self.inputs.weight, width):
+            nn.init.xavier_uniform_(weight)
+        for weight in torch.split(self.carried.weight, width):
+            nn.init.orthogonal_(weight)
+        if self.cell == "lstm":
+            nn.init.ones_(self.inputs.bias[2 * width : 3 * width])
 
 
 class RecurrentTrunk(OwnTrunk):  # type: ignore[no-untyped-call]
@@ -113,10 +107,9 @@ class RecurrentTrunk(OwnTrunk):  # type: ignore[no-untyped-call]
         )
         self.projection = nn.Linear(inner, width) if inner != width else None
         self.post_init()  # type: ignore[no-untyped-call]
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        first_weights(module, super()._init_weights)
+        # Not in transformers' hook for it, which passes over modules that have no weights but their parts'.
+        for layer in self.layers:
+            layer.begin()  # type: ignore[operator]
 
     def forward(
         self,
@@ -150,10 +143,6 @@ class RecurrentModel(OwnModel):  # type: ignore[no-untyped-call]
 
     config_class = RecurrentConfig
     trunk_class = RecurrentTrunk
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        first_weights(module, super()._init_weights)
 
 
 class Recurrent:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from instant_reward.policies.own import OwnModel, OwnTrunk, check_share
@@ -130,7 +130,7 @@ class TransformerTrunk(OwnTrunk):  # type: ignore[no-untyped-call]
         """The states ``[R, Q, D]`` of ``input_ids [R, Q]``.
 
         Args:
-            position_ids: int64 ``[R, Q]``; without it they go on behind ``past_key_values``.
+            position_ids: int64 ``[R, Q]``; without it they count the tokens before, less the padding.
             attention_mask: bool ``[R, 1, Q, K]``, True where a token may look; or 1 and 0 ``[R, K]``, 0 where a key is
                 padding; without it each token looks at itself and at all before it.
             past_key_values: a cache with ``update(keys, values, layer)``; with ``use_cache`` one is made.
@@ -138,12 +138,19 @@ class TransformerTrunk(OwnTrunk):  # type: ignore[no-untyped-call]
         cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
         length, before = input_ids.shape[1], 0 if cache is None else int(cache.get_seq_length())
         if position_ids is None:
-            position_ids = torch.arange(before, before + length, device=input_ids.device)[None]
+            position_ids = _places(attention_mask, before, length, input_ids.device)
         look = _look(attention_mask, before, length, input_ids.device)
         x = self.dropout(self.tokens(input_ids) + self.positions(position_ids))
         for block in self.blocks:
             x = block(x, look, cache)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache)
+
+
+def _places(mask: Tensor | None, before: int, length: int, device: torch.device) -> Tensor:
+    """How many tokens that are no padding stand before each token, int64 ``[R or 1, Q]``."""
+    if mask is None or mask.dim() == 4:
+        return torch.arange(before, before + length, device=device)[None]
+    return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
 
 
 def _look(mask: Tensor | None, before: int, length: int, device: torch.device) -> Tensor | None:
@@ -159,8 +166,8 @@ def _look(mask: Tensor | None, before: int, length: int, device: torch.device) -
     return causal[None, None] if mask is None else (causal & mask.bool()[:, None, None, :]) | itself
 
 
-class TransformerModel(OwnModel):  # type: ignore[no-untyped-call]
-    """The trunk and its output head."""
+class TransformerModel(OwnModel, GenerationMixin):  # type: ignore[no-untyped-call]
+    """The trunk and its output head; what transformers' ``generate`` decodes as well."""
 
     config_class = TransformerConfig
     trunk_class = TransformerTrunk
