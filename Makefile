@@ -53,7 +53,9 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/step.py --rounds 1 --steps 5
 	$(BIN)/python benchmarks/step.py --rounds 1 --steps 2 --tokens 128 --sides ours trl
 	$(BIN)/python benchmarks/decoding.py
-	$(BIN)/python benchmarks/overlap.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/overlap.py --rounds 2
+	$(BIN)/python benchmarks/startup.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

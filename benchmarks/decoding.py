@@ -2,7 +2,8 @@
 
     python benchmarks/decoding.py
 
-The same prompts, the same lengths, one process, in turns; medians of the rounds. Writes `decoding.json` and
+The same prompts, the same lengths, one process, in turns; medians of the rounds (of fewer where a round is long).
+Writes `decoding.json` and
 `decoding.md` to `benchmarks/results/`. The machine's limit is the longer of two times: its weights read once a step at
 the bandwidth of a large copy, and the step's arithmetic at the speed of a large matrix product, both measured here.
 """
@@ -33,6 +34,8 @@ from instant_reward.sampling.sampler import in_order
 from instant_reward.types import Prompt
 
 MODEL = "smollm2-135m"
+LONG_ROUNDS = 2
+TOKENS_PER_PART = 1280  # as train.tokens_per_part comes
 VARIED = [8 + (120 * number) // 31 for number in range(32)]  # 8 to 128
 
 
@@ -95,6 +98,7 @@ def compared(policies: dict[str, Any], peers: dict[str, Peer], rounds: int) -> d
     }
     found: dict[str, dict[str, float]] = {}
     for case, (prompts, copies, lengths, rewards) in cases.items():
+        turns = rounds if case == "32 tokens" else min(rounds, LONG_ROUNDS)
         sides: dict[str, Callable[[], Any]] = {}
         for dtype, policy in policies.items():
             engine = engines(policy, max(lengths))
@@ -102,10 +106,11 @@ def compared(policies: dict[str, Any], peers: dict[str, Peer], rounds: int) -> d
         for dtype, peer in peers.items():
             sides[f"generate, {dtype}"] = lambda g=peer, p=prompts, c=copies, n=lengths: g.run(p, c, n)
         times: dict[str, list[float]] = {side: [] for side in sides}
-        for number in range(rounds + 1):
+        warming = 0 if found else 1  # the first round of the first case warms up
+        for number in range(turns + warming):
             for side, work in sides.items():
                 seconds = clock(work)
-                if number:  # the first round warms up
+                if number >= warming:
                     times[side].append(seconds)
         found[case] = {side: statistics.median(values) for side, values in times.items()}
         print(case, {side: round(value, 2) for side, value in found[case].items()}, flush=True)
@@ -138,12 +143,14 @@ def limits(policy: Any, decoding: dict[str, dict[str, float]], side: str, rounds
         policy.prepare(Optimization())
 
         def learn(batch: Any = batch) -> None:
-            for part in batch.parts(2048):
+            for part in batch.parts(TOKENS_PER_PART):
                 policy.backward(policy(part).logprobs.sum())
             policy.forget()
 
-        seconds = statistics.median(clock(learn) for _ in range(rounds + 1))
-        work = sum(6 * (layers * len(pack(part).ids) + head * int(part.mask.sum())) for part in batch.parts(2048))
+        seconds = statistics.median(clock(learn) for _ in range(min(rounds, 3)))
+        work = sum(
+            6 * (layers * len(pack(part).ids) + head * int(part.mask.sum())) for part in batch.parts(TOKENS_PER_PART)
+        )
         found[f"learning_{tokens}"] = {"seconds": seconds, "share": work / speed["flops"] / seconds}
     return found
 
