@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from instant_reward.rewards.watch import replay as replay
     from instant_reward.rewards.workers import in_workers as in_workers
     from instant_reward.run import Run as Run
+    from instant_reward.supervised import fit as fit
     from instant_reward.train import train as train
     from instant_reward.types import LossOutput as LossOutput
     from instant_reward.types import Mark as Mark
@@ -63,6 +64,7 @@ _PUBLIC = {
     "Watch": "rewards.watch:Watch",
     "change": "rewards.compose:change",
     "credit": "credit",
+    "fit": "supervised:fit",
     "in_workers": "rewards.workers:in_workers",
     "load_policy": "policies.kinds:load_policy",
     "losses": "losses",

@@ -128,6 +128,7 @@ def needs(config: AlgorithmConfig, preset: Preset, sources: int, go_on: bool = T
         proximal=preset.returns == "vtrace"
         or config.importance is not None
         or (preset.loss == "clipped" and preset.ratio in ("decoupled", "sequence")),
+        own_error=config.by_error is not None,
         entropy=config.entropy > 0 and config.entropy_as == "loss",
         critic=critic,
         top_actions=config.top_actions if preset.loss == "all_actions" else None,

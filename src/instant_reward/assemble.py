@@ -98,7 +98,7 @@ def _called(config: DataConfig) -> list[Any]:
 def _load(config: DataConfig, source: Any, limit: int | None) -> list[dict[str, Any]]:
     return data.load_rows(
         source,
-        column=config.column,
+        column=config.column or config.completion or "prompt",
         limit=limit,
         columns=config.columns,
         needed=[config.completion] if config.completion else [],

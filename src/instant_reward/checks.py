@@ -27,6 +27,7 @@ def check(config: AlgorithmConfig, preset: Preset, rewards: Sequence[Reward]) ->
         *_wrong_options(config, preset),
         *_wrong_shaping(config, preset, rewards),
         *_wrong_siblings(config, preset, rewards),
+        *_wrong_pairs(config, preset, rewards),
         *_wrong_weights(rewards),
         *_wrong_credit(config, preset, rewards),
     ]
@@ -42,6 +43,9 @@ def _wrong_credit(config: AlgorithmConfig, preset: Preset, rewards: Sequence[Rew
         if config.timing == "keep":
             yield from _wrong_timing(config, rewards)
         return
+    if preset.loss == "likelihood":  # each token weighs what rates it, whenever that was known
+        yield from _wrong_targets(config, rewards)
+        return
     if preset.returns == "own":  # each piece is credited with its own rewards by definition
         if config.timing == "keep":
             yield from _wrong_own(config, rewards)
@@ -56,6 +60,15 @@ def _wrong_credit(config: AlgorithmConfig, preset: Preset, rewards: Sequence[Rew
         yield (
             f"rewards: {', '.join(spans)} paid at=span gets no credit for tokens outside its piece that it depends on, "
             "which biases the gradient; use at=seen, or allow it with algorithm.biased_placement=allow"
+        )
+
+
+def _wrong_pairs(config: AlgorithmConfig, preset: Preset, rewards: Sequence[Reward]) -> Iterator[str]:
+    pairs = [f"'{one.name}'" for one in rewards if one.takes == "pair"]
+    if pairs and preset.loss != "likelihood":
+        yield (
+            f"rewards: {', '.join(pairs)} compares a given text with what the policy would have written, and "
+            f"{config.name} samples texts; use likelihood, or write it as f(text) or f(prompts, completions, **columns)"
         )
 
 
@@ -175,6 +188,18 @@ def _wrong_timing(config: AlgorithmConfig, rewards: Sequence[Reward]) -> Iterato
         )
 
 
+def _wrong_targets(config: AlgorithmConfig, rewards: Sequence[Reward]) -> Iterator[str]:
+    discounted = [f"'{one.name}'" for one in rewards if one.discount is not None]
+    if discounted or config.discount != 1.0:
+        named = ", ".join([*(["algorithm.discount"] if config.discount != 1.0 else []), *discounted])
+        yield (
+            f"algorithm.name: {config.name} weighs each target token by what rates it, so a discount ({named}) would "
+            "do nothing; leave it out"
+        )
+    if config.unrated != 1.0 and not rewards:
+        yield "algorithm.unrated: there is no reward, so every target token weighs 1; leave it out"
+
+
 def _wrong_own(config: AlgorithmConfig, rewards: Sequence[Reward]) -> Iterator[str]:
     discounted = [f"'{one.name}'" for one in rewards if one.discount]
     if discounted or config.discount != 1.0:
@@ -207,7 +232,7 @@ def check_sources(
     if sources and not any(source.earned for source in sources):
         listed = ", ".join(f"'{source.name}'" for source in sources)
         raise UserError(f"rewards: shaping alone ({listed}) leaves nothing to learn; give a reward beside it")
-    if not sources and not (config.teacher and config.teacher.whole):
+    if not sources and not (config.teacher and config.teacher.whole) and preset.loss != "likelihood":
         raise UserError("rewards: there is none to learn from; give at least one reward function")
     if not sources and (preset.critic or config.pieces):
         idle = "the critic" if preset.critic else "algorithm.pieces"

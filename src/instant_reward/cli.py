@@ -15,6 +15,12 @@ TRAIN_EXAMPLES = """examples:
   instant-reward train recipes/sentiment.yaml --print-config
   instant-reward train --resume runs/longer train.steps=120
 """
+FIT_EXAMPLES = """examples:
+  instant-reward fit config.yaml                              (texts in the column "text" of the config's data)
+  instant-reward fit config.yaml data=reviews.csv train.epochs=2 --out runs/reviews
+  instant-reward fit config.yaml data.column=question data.completion=answer
+  instant-reward fit --resume runs/reviews
+"""
 SAMPLE_EXAMPLES = """examples:
   instant-reward sample smollm2-135m "The film begins with" -n 4
   instant-reward sample runs/sentiment "The film begins with"        (with the rewards of the run)
@@ -57,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_train(commands)
+    _add_train(commands, "train", "train a model by a config and report what changed", TRAIN_EXAMPLES)
+    _add_train(commands, "fit", "train a model on given texts, which rewards may weigh", FIT_EXAMPLES)
     _add_sample(commands)
     _add_score(commands)
     models = _add(commands, "models", "list the models with a short name, or fetch one", MODELS_EXAMPLES, _models)
@@ -65,8 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    train = _add(commands, "train", "train a model by a config and report what changed", TRAIN_EXAMPLES, _train)
+def _add_train(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help_text: str, examples: str
+) -> None:
+    train = _add(commands, name, help_text, examples, _train)
+    train.set_defaults(name=name)
     train.add_argument("config", nargs="?", help="a YAML file; left out with --resume, which knows its own")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config, by dotted path")
     train.add_argument("--out", help="the run folder, in place of the config's")
@@ -125,11 +135,12 @@ def _train(options: argparse.Namespace) -> int:
     if path is not None and "=" in path and not Path(path).exists():
         path, overrides = None, [path, *overrides]
     if path is None and options.resume is None:
-        raise UserError("train: name a config file, or a run folder with --resume")
+        raise UserError(f"{options.name}: name a config file, or a run folder with --resume")
     if options.resume is not None and options.out is not None:
-        raise UserError("train: --resume goes on in its own folder; leave --out away")
+        raise UserError(f"{options.name}: --resume goes on in its own folder; leave --out away")
     folder = options.resume or options.out
-    config = Config.load(path or Path(folder) / "config.yaml", overrides)
+    supervised = options.name == "fit"
+    config = Config.load(path or Path(folder) / "config.yaml", overrides, supervised)
     if folder is not None:
         config = config.model_copy(update={"out": str(folder)})
     if options.print_config:
@@ -137,6 +148,10 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     from instant_reward.evaluate.session import run_session
 
+    if supervised:
+        from instant_reward.supervised import check_supervised
+
+        check_supervised(config)
     return run_session(config, resume=options.resume is not None)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from instant_reward.algorithms import Algorithm
 from instant_reward.batch import collate
-from instant_reward.config import Config
+from instant_reward.config import Config, DataConfig
 from instant_reward.credit import Source
 from instant_reward.data import Prompts
 from instant_reward.policies.policy import Policy
@@ -58,8 +58,9 @@ class Sampled:
         self.skipped = 0
         self.drawn: list[Rollout] = []
 
-    def groups(self, sampler: Sampler, step: int) -> list[Group]:
+    def groups(self, sampler: Sampler | None, step: int) -> list[Group]:
         """The groups of a step; where all of them are equal in every round, those of the last round."""
+        assert sampler is not None, "someone has to write the texts"
         refills = self.config.algorithm.refill if self.skip_equal else 0
         wanted = self.config.train.prompts_per_step
         kept: list[Group] = []
@@ -105,7 +106,7 @@ class Given:
         self.skipped = 0
         self.drawn: list[Rollout] = []
 
-    def groups(self, sampler: Sampler, step: int) -> list[Group]:
+    def groups(self, sampler: Sampler | None, step: int) -> list[Group]:
         """The groups of a step, scored."""
         del sampler  # the policy that is trained wrote none of them
         found = self.order.batch(step)
@@ -204,13 +205,22 @@ def texts_of(
         _check_teacher([group[0].prompt for group in recorded], config)
         return Given(recorded, rewards, config, algorithm.sources, algorithm.preset.skip_equal)
     room = 0 if config.data.completion else config.sampling.max_new_tokens
-    prompts = policy.prompts(rows, config.data.column, room, config.model.max_context)
+    prompts = prompts_of(config.data, rows, policy, room, config.model.max_context)
     _check_teacher(prompts, config)
     if config.data.completion is not None:
         written = written_groups(prompts, config.data.completion, policy)
         _check_sizes(written, config, algorithm.preset)
         return Given(written, rewards, config, algorithm.sources, algorithm.preset.skip_equal)
     return Sampled(prompts, rewards, config, algorithm.sources, algorithm.preset.skip_equal)
+
+
+def prompts_of(
+    data: DataConfig, rows: Sequence[Mapping[str, Any]], policy: Policy, room: int, most: int | None
+) -> list[Prompt]:
+    """The prompts of the data; where it has none, the opening token alone, with the columns beside it."""
+    if data.column is None:
+        return policy.unprompted(rows)
+    return policy.prompts(rows, data.column, room, most)
 
 
 def _check_teacher(prompts: Sequence[Prompt], config: Config) -> None:
@@ -244,8 +254,15 @@ def check_source(config: Config, preset: Preset) -> None:
     corrected = _takes_ratios(config, preset)
     # Of next tokens, the one-step target holds whoever wrote the text.
     one_step = preset.loss == "all_actions" and config.algorithm.critic.lam == 0
-    imitates = preset.weigh != "none" or preset.loss in ("ilql", "none") or one_step
+    imitates = preset.weigh != "none" or preset.loss in ("ilql", "likelihood", "none") or one_step
     given = config.data.rollouts or config.data.completion
+    if preset.loss == "likelihood" and not given:
+        raise UserError(
+            "algorithm.name: likelihood learns from given texts, and none are given; name their column by "
+            "data.completion, or use rloo to learn from the policy's own"
+        )
+    if config.data.too_long != "refuse" and preset.loss != "likelihood":
+        raise UserError(f"data.too_long: {config.algorithm.name} judges whole texts; leave it out, or use likelihood")
     if config.sampling.guide and (preset.loss != "ilql" or config.algorithm.critic.model != "head"):
         raise UserError(
             "sampling.guide: it takes a critic of next tokens on the policy's own trunk; set algorithm.name to ilql "
@@ -348,7 +365,9 @@ def written_groups(prompts: Sequence[Prompt], column: str, policy: Policy) -> li
     decoder = TextDecoder(policy.tokenizer)
     groups: dict[str, Group] = {}
     for number, prompt in enumerate(prompts):
-        rollout = _written(prompt, column, number, policy, decoder)
+        ids = actions_for(prompt, column, policy)
+        check_fits(prompt, ids, policy.context)
+        rollout = written_rollout(prompt, ids, number, policy, decoder)
         groups.setdefault(prompt.text, []).append(rollout)
     texts = [rollout for group in groups.values() for rollout in group]
     for start in range(0, len(texts), 64):
@@ -359,17 +378,35 @@ def written_groups(prompts: Sequence[Prompt], column: str, policy: Policy) -> li
     return list(groups.values())
 
 
-def _written(prompt: Prompt, column: str, number: int, policy: Policy, decoder: TextDecoder) -> Rollout:
+def actions_for(prompt: Prompt, column: str, policy: Policy) -> list[int]:
+    """The actions that write the text in a prompt's column.
+
+    Raises:
+        UserError: there is no such column, or its text is empty.
+    """
     text = prompt.info.get(column)
     if not isinstance(text, str) or not text:
         raise UserError(f"data.completion: prompt {prompt.id} has no text in its column {column!r}; correct the row")
-    ids = policy.actions_of(text, prompt)
+    return policy.actions_of(text, prompt)
+
+
+def check_fits(prompt: Prompt, ids: Sequence[int], room: int) -> None:
+    """Refuses a text that is too long to be read behind its prompt.
+
+    Raises:
+        UserError: names the prompt.
+    """
     length = len(prompt.token_ids) + len(ids)
-    if length > policy.context:
+    if length > room:
         raise UserError(
             f"data.completion: prompt {prompt.id} and its text have {length} tokens, and the model reads "
-            f"{policy.context}; shorten them"
+            f"{room}; shorten them, or set data.too_long to cut or split where the texts are imitated"
         )
+
+
+def written_rollout(prompt: Prompt, ids: Sequence[int], number: int, policy: Policy, decoder: TextDecoder) -> Rollout:
+    """The rollout of a text that the policy did not write; nobody knows with what chances it was written."""
+    length = len(prompt.token_ids) + len(ids)
     watch = Watch([], decoder)
     watch.open(number, prompt)
     watch.feed(number, ids, True)

@@ -19,7 +19,10 @@ from instant_reward.config_scratch import ScratchConfig as ScratchConfig
 from instant_reward.config_section import Count, Fraction, NotNegative, Positive, Section, Text, Whole
 from instant_reward.config_split import PARTS as PARTS
 from instant_reward.config_split import SplitConfig as SplitConfig
-from instant_reward.config_weight import Weight
+from instant_reward.config_train import ReplayConfig as ReplayConfig
+from instant_reward.config_train import StopWhen as StopWhen
+from instant_reward.config_train import TrainConfig as TrainConfig
+from instant_reward.config_weight import Planned, Weight, least
 from instant_reward.imports import resolve as resolve
 from instant_reward.presets import preset_of
 from instant_reward.rewards.names import import_path
@@ -70,9 +73,12 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where prompts come from: exactly one of ``path`` (a file), ``use`` (``module:function``, called with ``args``),
     ``prompts`` (texts, lists of messages, or mappings of columns) and ``rollouts`` (a run's ``samples.jsonl``: whole
-    texts to learn from, none is sampled). ``completion`` names a column with the texts to learn from instead.
+    texts to learn from, none is sampled). ``completion`` names a column with the texts to learn from instead; they
+    stand behind the prompt in ``column``, or, where that is None, behind the model's opening token alone.
 
     Attributes:
+        too_long: a text to learn from that the model cannot read at once is refused, cut off, or split into several
+            (``model.max_context`` bounds it further).
         columns: new names of columns, each with the file's own: ``{prompt: question}``; everything else here means the
             new names.
         encoding: of a text file, such as gb18030.
@@ -86,8 +92,9 @@ class DataConfig(Section):
     use: Text | None = None
     prompts: list[Any] | None = None
     rollouts: Text | None = None
-    column: Text = "prompt"
+    column: Text | None = "prompt"
     completion: Text | None = None
+    too_long: Literal["refuse", "cut", "split"] = "refuse"
     args: dict[str, Any] = {}
     limit: Count | None = None
     columns: dict[str, Text] = {}
@@ -130,6 +137,10 @@ class DataConfig(Section):
             raise ValueError(f"rollouts are taken as they are; leave out {' and '.join(shaped)}")
         if self.part not in ({"train"} if self.split is None else {*self.split.fractions, *self.split.files}):
             raise ValueError(f"part is {self.part}, which split does not name; add it there")
+        if self.column is None and self.completion is None:
+            raise ValueError("column is None, so there are no prompts; name the column of the texts by completion")
+        if self.too_long != "refuse" and self.completion is None:
+            raise ValueError("too_long is about whole texts; name their column by completion, or leave it out")
         return self
 
 
@@ -233,46 +244,44 @@ class SamplingConfig(Section):
         return value
 
 
-class ReplayConfig(Section):
-    """Texts of earlier steps that join each step once more: so many ``groups``, at most ``staleness`` steps old."""
+class SupervisedConfig(Section):
+    """Given texts that are imitated beside what the algorithm does: their gradient joins each optimizer step.
 
-    groups: Count = 2
-    staleness: Count = 4
+    Attributes:
+        data: the texts, in its column ``completion``.
+        weight: of their mean negative log-likelihood per token, beside the algorithm's loss: a number, or a schedule
+            over the run's steps.
+        texts_per_step, tokens_per_step: how many of them join an optimizer step.
+        warmup_steps: so many steps at first imitate and do nothing else; the reference begins after them.
+    """
 
+    data: DataConfig
+    weight: Planned = 1.0
+    texts_per_step: Count = 4
+    tokens_per_step: Count | None = None
+    warmup_steps: Whole = 0
 
-class StopWhen(Section):
-    """End training when ``metric`` has stayed above ``above`` for ``for_steps`` steps in a row."""
+    @field_validator("data")
+    @classmethod
+    def _data(cls, value: DataConfig) -> DataConfig:
+        if value.completion is None:
+            raise ValueError("these are whole texts; name their column by completion")
+        return value
 
-    metric: Text
-    above: float
-    for_steps: Count = 1
-
-
-class TrainConfig(Section):
-    """The loop. ``tokens_per_part`` bounds the memory of a forward pass, and ``keep`` how many checkpoints stay.
-    ``samples``: which texts of a step go to ``samples.jsonl``: those of its "first" prompt, or "all"."""
-
-    steps: Count = 40
-    prompts_per_step: Count = 4
-    group_size: Count = 8
-    learning_rate: NotNegative = 1e-5
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: Whole = 0
-    weight_decay: NotNegative = 0.0
-    max_grad_norm: Positive = 1.0
-    tokens_per_part: Count = 1280
-    save_every: Count | None = None
-    keep: Count = 2
-    samples: Literal["first", "all"] = "first"
-    stop_when: StopWhen | None = None
-    replay: ReplayConfig | None = None
-    threads: Count | None = None
+    @field_validator("weight")
+    @classmethod
+    def _weight(cls, value: Any) -> Any:
+        if least(value) < 0:
+            raise ValueError("must be 0 or more at every step: a likelihood with a negative weight has no bound")
+        return value
 
 
 class EvaluateConfig(Section):
-    """Held-out prompts and the rewards that only judge them. ``every``: steps between evaluations."""
+    """Held-out prompts and the rewards that only judge them; held-out ``texts``, of which the policy's perplexity and
+    accuracy are measured. ``every``: steps between evaluations."""
 
     prompts: DataConfig | None = None
+    texts: DataConfig | None = None
     every: Count | None = None
     texts_per_prompt: Count = 1
     held_out: list[RewardConfig] = []
@@ -282,6 +291,13 @@ class EvaluateConfig(Section):
     def _prompts(cls, value: DataConfig | None) -> DataConfig | None:
         if value is not None and (value.rollouts is not None or value.completion is not None):
             raise ValueError("texts are sampled for these prompts; leave out rollouts and completion")
+        return value
+
+    @field_validator("texts")
+    @classmethod
+    def _texts(cls, value: DataConfig | None) -> DataConfig | None:
+        if value is not None and value.completion is None:
+            raise ValueError("these are whole texts; name their column by completion")
         return value
 
 
@@ -294,6 +310,7 @@ class Config(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     sampling: SamplingConfig = SamplingConfig()
     train: TrainConfig = TrainConfig()
+    supervised: SupervisedConfig | None = None
     evaluate: EvaluateConfig = EvaluateConfig()
     seed: Whole = 0
     out: Text = "runs/first"
@@ -335,19 +352,35 @@ class Config(Section):
         if algorithm.minibatches > texts:
             text = f"times group_size is {texts} texts, too few for algorithm.minibatches={algorithm.minibatches}"
             raise _below(".prompts_per_step", text)
+        for key in ("epochs", "tokens_per_step"):
+            if getattr(value, key) is not None:
+                raise _below(f".{key}", "is about given texts, and here texts are sampled; leave it out")
+        return value
+
+    @field_validator("supervised")
+    @classmethod
+    def _beside(cls, value: SupervisedConfig | None, info: Any) -> SupervisedConfig | None:
+        algorithm = info.data.get("algorithm")
+        if value is not None and algorithm is not None and algorithm.name == "likelihood":
+            raise ValueError("likelihood learns from given texts already; give all of them in data")
         return value
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    def load(cls, path: str | Path, overrides: Sequence[str] = (), supervised: bool = False) -> Config:
         """The config in a YAML file, changed by overrides such as ``train.steps=40`` or ``rewards.0.weight=2``.
+
+        Args:
+            supervised: with the defaults of supervised training (``as_supervised``).
 
         Raises:
             UserError: the file cannot be read, or all that is wrong in it, one line each with its dotted path.
         """
         values = _expanded(read_mapping(Path(path)))
         problems = apply_overrides(values, overrides, SHORT)
+        values = as_supervised(values) if supervised else values
         algorithm = values.get("algorithm")
-        if not values.get("rewards") and not (isinstance(algorithm, dict) and algorithm.get("teacher")):
+        without = isinstance(algorithm, dict) and (algorithm.get("teacher") or algorithm.get("name") == "likelihood")
+        if not values.get("rewards") and not without:
             problems.append("rewards: there is none; name at least one function to learn from")
         return cls.build(values, str(path), problems)
 
@@ -372,6 +405,25 @@ class Config(Section):
         return to_yaml(self.model_dump(mode="json"))
 
 
+def as_supervised(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's plain values with the defaults of supervised training.
+
+    They are the algorithm "likelihood", and texts in the column "text" that stand behind no prompt.
+    """
+    found = _expanded(dict(values))
+    evaluate = found.get("evaluate")
+    if isinstance(evaluate, dict):
+        evaluate = found["evaluate"] = dict(evaluate)
+    for section, key in ((found, "data"), (evaluate, "texts")):
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            section[key] = {"path": section[key]}
+        if isinstance(section, dict) and isinstance(section.get(key), dict) and "rollouts" not in section[key]:
+            section[key] = {"column": None, "completion": "text", **section[key]}
+    algorithm = found.get("algorithm", {})
+    found["algorithm"] = {"name": "likelihood", **algorithm} if isinstance(algorithm, dict) else algorithm
+    return found
+
+
 # Sections that one word may stand for, and what it then names.
 SHORT = {
     "model": "name",
@@ -380,7 +432,10 @@ SHORT = {
     "algorithm.critic": "model",
     "algorithm.importance": "level",
     "algorithm.teacher": "model",
+    "algorithm.by_error": "first",
     "evaluate.prompts": "path",
+    "evaluate.texts": "path",
+    "supervised.data": "path",
 }
 
 

@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from instant_reward.config_section import Count, Fraction, NotNegative, Positive, Section, Text, Whole
+from instant_reward.config_weight import Planned, least
 
 Name = Literal[
     "reinforce", "reinforce++", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "instant", "value", "a2c", "ppo",
-    "qac", "vtrace", "decoupled_ppo", "rwr", "awr", "raft", "ilql", "distill",
+    "qac", "vtrace", "decoupled_ppo", "rwr", "awr", "raft", "ilql", "distill", "likelihood",
 ]  # fmt: skip
 
 
@@ -100,6 +101,28 @@ class TeacherConfig(Section):
         return self
 
 
+class ErrorConfig(Section):
+    """Target tokens weigh by how wrong the policy is about them as the step begins, p being its chance of the token.
+
+    Attributes:
+        first: "harder" weighs by ``(1 - p) ** strength``, the focal weight of Lin et al. (2017), "Focal loss for dense
+            object detection", equation 4; "easier" by ``p ** strength``.
+        strength: 0 for none; a number, or a schedule over the steps.
+        normalised: divided by their mean over the step's target tokens, so that the learning rate keeps its meaning.
+    """
+
+    short = "first"
+    first: Literal["harder", "easier"]
+    strength: Planned = 1.0
+    normalised: bool = True
+
+    @model_validator(mode="after")
+    def _not_negative(self) -> Self:
+        if least(self.strength) < 0:
+            raise ValueError("strength must be 0 or more; to turn it around, set first to the other word")
+        return self
+
+
 class AlgorithmConfig(Section):
     """A named choice of (credit, loss). What is None is the preset's own.
 
@@ -129,6 +152,8 @@ class AlgorithmConfig(Section):
         beta: "awr" and "rwr" weigh texts by exp(advantage / beta), at most ``most_weight``.
         top_actions: "qac" sums over so many of the likeliest next tokens; 0 for all.
         expectile, cql, target_rate: of "ilql".
+        unrated: "likelihood" weighs target tokens that no reward rates by this.
+        by_error: "likelihood" weighs target tokens by the policy's own error, too.
     """
 
     short = "name"
@@ -172,6 +197,8 @@ class AlgorithmConfig(Section):
     expectile: Annotated[float, Field(gt=0.5, lt=1)] = 0.7
     cql: NotNegative = 0.01
     target_rate: Fraction = 0.005
+    unrated: NotNegative = 1.0
+    by_error: ErrorConfig | None = None
 
     @model_validator(mode="after")
     def _together(self) -> Self:

@@ -51,7 +51,7 @@ def _without_tags(location: Sequence[Any]) -> tuple[list[Any], type[BaseModel] |
     kept: list[Any] = []
     rule = None
     for part in location:
-        if kept[-1:] == ["weight"] and rule is None and part in ("number", "rule", *RULES):
+        if kept[-1:] in (["weight"], ["strength"]) and rule is None and part in ("number", "rule", *RULES):
             rule = RULES.get(part)
         else:
             kept.append(part)

@@ -96,6 +96,7 @@ WeightRule = Annotated[
     LinearWeight | CosineWeight | StepsWeight | ConstraintWeight | FadeWeight | EqualWeight,
     Field(discriminator="rule"),
 ]
+Schedule = Annotated[LinearWeight | CosineWeight | StepsWeight, Field(discriminator="rule")]
 RULES: dict[str, type[Section]] = {
     "linear": LinearWeight,
     "cosine": CosineWeight,
@@ -111,3 +112,14 @@ def _kind(value: Any) -> str:
 
 
 Weight = Annotated[Annotated[float, Tag("number")] | Annotated[WeightRule, Tag("rule")], Discriminator(_kind)]
+# A number, or one that hangs on the step alone.
+Planned = Annotated[Annotated[float, Tag("number")] | Annotated[Schedule, Tag("rule")], Discriminator(_kind)]
+
+
+def least(planned: float | LinearWeight | StepsWeight) -> float:
+    """The lowest value that such a number ever has."""
+    if isinstance(planned, LinearWeight):
+        return min(planned.start, planned.end)
+    if isinstance(planned, StepsWeight):
+        return min(planned.start, *planned.at.values())
+    return planned

@@ -12,10 +12,11 @@ from torch import Tensor
 from instant_reward import credit, importance
 from instant_reward.batch import Batch
 from instant_reward.carried import entropy_weight, kl_weight
-from instant_reward.config_algorithm import AlgorithmConfig
+from instant_reward.config_algorithm import AlgorithmConfig, ErrorConfig
 from instant_reward.credit import Source
 from instant_reward.presets import Preset
-from instant_reward.weights import as_they_are
+from instant_reward.types import UserError
+from instant_reward.weights import as_they_are, planned
 
 KL, ENTROPY, TEACHER, LENGTH = "kl", "entropy", "teacher", "length"
 PLAIN = AlgorithmConfig()
@@ -35,6 +36,9 @@ def credit_batch(batch: Batch, preset: Preset, config: AlgorithmConfig = PLAIN, 
     batch = replace(batch, sources=sources)
     rewards = _rewards(batch, preset, config, longest)
     batch = replace(batch, rewards=rewards)
+    if preset.loss == "likelihood":
+        targets = target_weights(batch, config)
+        return replace(batch, advantages=targets, returns=targets)
     log_ratio = _log_ratio(batch)
     weights = None
     if config.importance is not None and config.importance.level == "decision":
@@ -56,6 +60,46 @@ def credit_batch(batch: Batch, preset: Preset, config: AlgorithmConfig = PLAIN, 
         best = credit.best_of_group(totals, batch.group, config.keep)
         advantages = best[:, None] * batch.mask.to(advantages.dtype)
     return replace(batch, rewards=rewards, advantages=advantages, weights=weights)
+
+
+def target_weights(batch: Batch, config: AlgorithmConfig) -> Tensor:
+    """What each target token's likelihood weighs, ``[B, L]``: the weighted sum of the rewards on it, times its error.
+
+    A token that no reward rates weighs ``config.unrated``, and 1 where there is no reward at all.
+
+    Args:
+        batch: with ``rewards [B, K, L]``, each on the tokens that it rates; with ``by_error``, also the policy's own
+            log-probabilities as the step began.
+
+    Raises:
+        UserError: where a weight is negative: such a likelihood has no bound.
+    """
+    assert batch.rewards is not None, "place the rewards first"
+    weights = torch.ones_like(batch.old_logprobs)
+    if batch.sources:
+        on_each = [replace(source, discount=0.0, at="span") for source in batch.sources]
+        ones = replace(batch.marks, value=torch.ones_like(batch.marks.value))
+        rated = credit.place(ones, on_each, batch.mask).any(1)
+        each = torch.tensor([source.weight for source in batch.sources], dtype=batch.rewards.dtype)
+        weights = torch.where(rated, torch.einsum("bkl,k->bl", batch.rewards, each), config.unrated).to(weights)
+    lowest = float(weights[batch.mask].min())
+    if lowest < 0:
+        raise UserError(
+            f"rewards: a target token would weigh {lowest:.3g}, and a likelihood with a negative weight has no bound; "
+            "let the rewards add up to 0 or more, for instance by mapping them to 0 and 1"
+        )
+    if config.by_error is not None:
+        weights = weights * _by_error(batch, config.by_error).to(weights)
+    return torch.where(batch.mask, weights, torch.zeros_like(weights))
+
+
+def _by_error(batch: Batch, chosen: ErrorConfig) -> Tensor:
+    assert batch.proximal_logprobs is not None, "annotate the batch first: the policy's own values are missing"
+    chance = batch.proximal_logprobs.double().exp().clamp(max=1.0)
+    base = 1.0 - chance if chosen.first == "harder" else chance
+    weights = torch.where(batch.mask, base ** planned(chosen.strength, batch.carried), 0.0)
+    total = float(weights.sum())
+    return weights * (batch.token_count / total) if chosen.normalised and total > 0 else weights
 
 
 def _clipped(batch: Batch) -> Batch:

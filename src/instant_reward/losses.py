@@ -38,6 +38,23 @@ def policy_gradient(logprobs: Tensor, batch: Batch, normalise: Normalise = "text
     return LossOutput(loss, _metrics(logprobs, batch))
 
 
+def likelihood(logprobs: Tensor, batch: Batch, normalise: Normalise = "tokens", constant: float = 1.0) -> LossOutput:
+    """Maximum likelihood of given texts: ``-sum over tokens of w[t] * log p(x_t | x_<t)``.
+
+    Args:
+        logprobs: ``[B, L]`` with gradient.
+        batch: its ``advantages [B, L]`` are the weights ``w``, 1 where nobody says otherwise.
+    """
+    weights = _advantages(batch, logprobs)
+    on = batch.mask.bool()
+    count = max(1, batch.token_count)
+    metrics = {
+        "nll": -float(logprobs.detach()[on].sum()) / count,
+        "target_weight": float(weights[on].sum()) / count,
+    }
+    return LossOutput(-average(weights * logprobs, batch, normalise, constant), metrics)
+
+
 def clipped(
     logprobs: Tensor,
     batch: Batch,

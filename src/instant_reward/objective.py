@@ -57,6 +57,8 @@ def _policy(output: PolicyOutput, batch: Batch, preset: Preset, constant: float)
         )
     if preset.loss == "cispo":
         return losses.cispo(output.logprobs, batch, **bounds, normalise=preset.normalise, constant=constant)
+    if preset.loss == "likelihood":
+        return losses.likelihood(output.logprobs, batch, preset.normalise, constant)
     if preset.loss == "ilql":  # beside the critic, the texts are imitated: guided decoding starts from that
         return LossOutput(-losses.average(output.logprobs, batch, preset.normalise, constant))
     return losses.policy_gradient(output.logprobs, batch, preset.normalise, constant)

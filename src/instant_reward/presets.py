@@ -21,7 +21,8 @@ class Preset:
             prefix).
         scale: "none", or advantages divided by the deviation of the group's totals, or of the batch's advantages;
             "whiten" also takes the batch's mean away.
-        loss: "policy_gradient", "clipped", "cispo", "all_actions" (summed over next tokens), "ilql", or "none".
+        loss: "policy_gradient", "clipped", "cispo", "all_actions" (summed over next tokens), "ilql", "likelihood" (of
+            given texts, whose rewards are weights), or "none".
         normalise: what the loss is averaged over.
         weigh: "exponential" and "best" turn advantages into weights of a likelihood.
         ratio: in the clipped loss: of the token, its piece or the whole text; "decoupled": of the token, to the policy
@@ -33,7 +34,7 @@ class Preset:
     returns: Literal["to_go", "whole", "own", "gae", "vtrace", "q", "bellman"]
     baseline: Literal["none", "running_mean", "batch_mean", "leave_one_out", "group_mean", "value"]
     scale: Literal["none", "group", "batch", "whiten"]
-    loss: Literal["policy_gradient", "clipped", "cispo", "all_actions", "ilql", "none"]
+    loss: Literal["policy_gradient", "clipped", "cispo", "all_actions", "ilql", "likelihood", "none"]
     normalise: Literal["text", "tokens", "constant", "text_mean"]
     weigh: Literal["none", "exponential", "best"] = "none"
     ratio: Literal["token", "piece", "sequence", "decoupled"] = "token"
@@ -76,6 +77,7 @@ PRESETS = {
     "raft": Preset("whole", "none", "none", "policy_gradient", "tokens", weigh="best"),
     "ilql": Preset("bellman", "none", "none", "ilql", "tokens"),
     "distill": Preset("to_go", "none", "none", "policy_gradient", "tokens"),
+    "likelihood": Preset("own", "none", "none", "likelihood", "tokens"),
 }
 
 
@@ -92,11 +94,12 @@ def unused(config: AlgorithmConfig, preset: Preset) -> list[str]:
     """The options that a config sets and that this choice would take no notice of."""
     values = preset.returns in ("gae", "vtrace")
     compared = preset.returns in ("to_go", "whole", "own")
-    learns = preset.loss not in ("none", "ilql")
+    likelihood = preset.loss == "likelihood"
+    learns = preset.loss not in ("none", "ilql", "likelihood")
     own_ratio = PRESETS[config.name].ratio != "decoupled"
     sampled = learns and preset.loss != "all_actions"
     used = {
-        "baseline": compared and preset.weigh != "best",
+        "baseline": compared and preset.weigh != "best" and not likelihood,
         "scale": sampled and preset.weigh != "best",
         "ratio": preset.loss == "clipped" and own_ratio,
         "clip_low": preset.loss in ("clipped", "cispo"),
@@ -106,17 +109,24 @@ def unused(config: AlgorithmConfig, preset: Preset) -> list[str]:
         "kl_estimator": config.kl > 0,
         "normalise": preset.loss != "none",
         "pieces": preset.returns in ("to_go", "whole", "gae", "vtrace") and preset.weigh != "best",
+        "timing": not likelihood,
+        "biased_placement": not likelihood,
+        "biased_baseline": not likelihood,
+        "unrated": likelihood,
+        "by_error": likelihood,
         "lam": values and preset.loss != "none",
         "lam_length": values and preset.loss != "none",
-        "kl": config.kl_as == "reward" or preset.loss != "none",
-        "teacher": config.teacher is None or not config.teacher.whole or preset.loss != "none",
+        "kl": not likelihood if config.kl_as == "reward" else preset.loss != "none",
+        "teacher": preset.loss != "none" if config.teacher is not None and config.teacher.whole else not likelihood,
         "stop_kl": sampled,
         "critic": preset.critic,
         "importance": sampled
         and preset.weigh != "best"
         and preset.returns != "vtrace"
         and (preset.loss, preset.ratio) in _WEIGHED,
-        "entropy": config.entropy_as == "reward" or preset.loss != "none",
+        "entropy": not likelihood if config.entropy_as == "reward" else preset.loss != "none",
+        "soft_length": not likelihood,
+        "skip_equal": not likelihood,
         "entropy_as": config.entropy > 0,
         "kl_horizon": config.kl_target is not None,
         "refill": preset.skip_equal,

@@ -26,10 +26,11 @@ class Metrics:
     begin with ``time/`` are seconds; they and ``tokens_per_second`` alone depend on the machine.
     """
 
-    def __init__(self, rewards: Sequence[Reward], count: Count, needs: Needs) -> None:
+    def __init__(self, rewards: Sequence[Reward], count: Count | None, needs: Needs) -> None:
         self._rewards, self._needs = rewards, needs
+        self._samples = count is not None
         self._totals: dict[str, float] = {}
-        self._before = replace(count)
+        self._before = replace(count) if count else Count()
         self._costs = _costs(rewards)
         self._begun = time.perf_counter()
         self._sampled_at = self._begun
@@ -46,7 +47,7 @@ class Metrics:
         lengths = [sum(rollout.mask) for rollout in rollouts]
         self._totals = {one.name: sum(rollout.total(one.name) for rollout in rollouts) / count for one in self._rewards}
         self._rows = {
-            "reward": 0.0,  # the first column; what it is hangs on the weights of this step
+            **({"reward": 0.0} if self._rewards or self._samples else {}),  # the first column; see ``_weighted``
             **{f"reward/{name}": total for name, total in self._totals.items()},
             "length": sum(lengths) / count,
             "ended": sum(rollout.stop == "ended" for rollout in rollouts) / count,
@@ -72,19 +73,27 @@ class Metrics:
         """Takes in what an optimizer step said."""
         self._steps.append(values)
 
-    def row(self, batch: Batch, count: Count) -> dict[str, float]:
-        """The finished row."""
+    def row(self, batch: Batch, count: Count | None) -> dict[str, float]:
+        """The finished row.
+
+        Args:
+            count: the sampler's; None where the texts were given, whose target tokens are then counted.
+        """
+        count = count or Count(batch.token_count, batch.token_count)
         now = time.perf_counter()
         updates = max(1, len(self._steps) + self._stopped_early)
         row = dict(self._rows)
         row |= _divergences(batch)
         tables = self._needs.critic is not None and self._needs.critic.tables > 0
-        row |= _off_policy(batch) | _critic(batch, tables)
+        imitates = "target_weight" in self._sums  # given texts: ratios to whoever wrote them mean nothing
+        row |= ({} if imitates else _off_policy(batch)) | _critic(batch, tables)
         row |= self._weighted(batch)
         if self._stopped_early:
             row["stopped_early"] = 1.0
         row["entropy"] = self._entropy / max(1.0, self._passes)
         row |= {key: value / updates for key, value in self._sums.items()}
+        if imitates:
+            row["effective_targets"] = _effective_targets(batch)
         for key in self._steps[-1] if self._steps else ():
             row[key] = sum(values[key] for values in self._steps) / len(self._steps)
         if not self._steps:  # the texts were too old for a first step
@@ -106,7 +115,16 @@ class Metrics:
         learned = [source for source in batch.sources if source.name in self._totals]
         products = {source.name: source.weight * self._totals[source.name] for source in learned}
         earned = sum(products[source.name] for source in learned if source.earned)
-        return {"reward": earned, **found, **{f"weighted/{name}": value for name, value in products.items()}}
+        total = {"reward": earned} if "reward" in self._rows else {}
+        return {**total, **found, **{f"weighted/{name}": value for name, value in products.items()}}
+
+
+def _effective_targets(batch: Batch) -> float:
+    """The share of the target tokens that a mean weighed so rests on, Kish (1965): ``(sum w)**2 / (n * sum w**2)``."""
+    assert batch.advantages is not None, "credit the batch first: it has no weights"
+    weights = batch.advantages[batch.mask].double()
+    squares = float((weights**2).sum())
+    return float(weights.sum()) ** 2 / (len(weights) * squares) if squares > 0 else 0.0
 
 
 def _costs(rewards: Sequence[Reward]) -> dict[str, float]:

@@ -124,3 +124,36 @@ def movie_reviews(
     rows = [found[key] for key in sorted(found)]
     random.Random(seed).shuffle(rows)
     return rows[:limit]
+
+
+def review_texts(
+    split: Literal["train", "held_out"] = "train",
+    words: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    sources: Sequence[str] = ("imdb",),
+) -> list[dict[str, Any]]:
+    """Film reviews as they are: rows with ``id``, ``text``, ``label`` (1 positive), ``sentiment`` (in a word).
+
+    Args:
+        split, limit, seed, sources: see ``movie_reviews``; the splits share no review.
+        words: the first so many words of each alone.
+
+    Raises:
+        UserError: the package is not installed, or an argument is out of range.
+    """
+    if split not in ("train", "held_out"):
+        raise UserError(f"review_texts: split is {split!r}: give 'train' or 'held_out'.")
+    for name, value in (("words", words), ("limit", limit)):
+        if value is not None and value < 1:
+            raise UserError(f"review_texts: {name} is {value}: give 1 or more.")
+    rows: list[dict[str, Any]] = []
+    for review in read_reviews(sources):
+        if held_out(review.text) == (split == "held_out"):
+            text = review.text if words is None else " ".join(review.text.split(" ", words)[:words])
+            name = f"{review.source}-{hashlib.sha256(review.text.encode()).hexdigest()[:12]}"
+            sentiment = "positive" if review.label else "negative"
+            rows.append({"id": name, "text": text, "label": review.label, "sentiment": sentiment})
+    rows.sort(key=lambda row: row["id"])
+    random.Random(seed).shuffle(rows)
+    return rows[:limit]

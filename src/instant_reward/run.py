@@ -18,7 +18,7 @@ import math
 import platform
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from instant_reward.types import UserError
 from instant_reward.yaml_values import read_mapping
 
 # What a resumed run may change: how long it goes on, what it keeps, and where it lies.
-MAY_CHANGE = ("train.steps", "train.save_every", "train.keep", "train.stop_when", "out")
+MAY_CHANGE = ("train.steps", "train.epochs", "train.save_every", "train.keep", "train.stop_when", "out")
 START = "start"
 _STEP = re.compile(r"step-(\d{6,})")
 
@@ -139,10 +139,13 @@ class Run:
         """The recorded samples, in order; "step" tells each one's step."""
         return [record for record, _ in read_lines(self.path / "samples.jsonl")]
 
-    def save_checkpoint(self, step: int, writer: Callable[[Path], None], score: float | None = None) -> Path:
+    def save_checkpoint(
+        self, step: int, writer: Callable[[Path], None], score: float | None = None, best: Collection[int] = ()
+    ) -> Path:
         """A checkpoint, written whole or not at all by ``writer(empty folder)``; older ones are removed.
 
-        The last ``config.train.keep`` stay, and the one with the highest ``score``. A step that is already saved is
+        The last ``config.train.keep`` stay, the one with the highest ``score``, and those of the steps in ``best``. A
+        step that is already saved is
         left as it is.
 
         Raises:
@@ -164,7 +167,7 @@ class Run:
                 if (self.path / name).is_file():
                     sync(self.path / name)
             write_folder(target, fill)
-            self._prune()
+            self._prune(best)
         return target
 
     def latest_checkpoint(self) -> Path | None:
@@ -183,10 +186,15 @@ class Run:
         found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
         return sorted(found, key=_step_of)
 
-    def _prune(self) -> None:
+    def checkpoint(self, step: int) -> Path | None:
+        """The checkpoint of a step, where there is one."""
+        path = self.path / "checkpoints" / f"step-{step:06d}"
+        return path if path.is_dir() else None
+
+    def _prune(self, kept: Collection[int]) -> None:
         best = self.best_checkpoint()
         for path in self._checkpoints()[: -self.config.train.keep]:
-            if path != best:
+            if path != best and _step_of(path) not in kept:
                 remove(path)
 
     def _go_back(self) -> None:
@@ -222,7 +230,7 @@ def _check_same(path: Path, config: Config) -> None:
     old, new = (_flat(each.model_dump(mode="json")) for each in (_config(path), config))
     differ = [key for key in sorted({*old, *new}) if old.get(key, ...) != new.get(key, ...)]
     # The other schedules run over the number of steps: with more of them, the steps so far would have been others.
-    free = MAY_CHANGE if config.train.schedule == "constant" else tuple(k for k in MAY_CHANGE if k != "train.steps")
+    free = MAY_CHANGE if config.train.schedule in ("constant", "follow") else MAY_CHANGE[2:]
     differ = [key for key in differ if not any(f"{key}.".startswith(f"{one}.") for one in free)]
     differ = [key for key in differ if not any(other.startswith(f"{key}.") for other in differ)]
     if differ:

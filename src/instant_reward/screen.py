@@ -35,9 +35,13 @@ _TABLE_KEYS = {
     "explained_variance": "critic explains",
     "entropy": "entropy",
     "loss": "loss",
+    "held_out/perplexity": "held-out perplexity",
+    "held_out/accuracy": "held-out accuracy",
     "tokens_per_second": "tokens/s",
 }
-_LINE_KEYS = ("kl", "teacher_kl", "explained_variance", "entropy")
+_LINE_KEYS = (
+    "nll", "held_out/perplexity", "held_out/accuracy", "kl", "teacher_kl", "explained_variance", "entropy",
+)  # fmt: skip
 _PROMPT_TAIL = 160
 _BIDI_CONTROLS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F}
 
@@ -241,6 +245,7 @@ class Screen:
         self._step = 0
         self._metrics: dict[str, float] = {}
         self._history: dict[str, list[float | None]] = {}
+        self._held_out: dict[str, float] = {}  # measured at some steps alone: the last ones stay on the screen
         self._samples: deque[Rollout] = deque(maxlen=20)
         self._body: RenderableType = Text("waiting for the first step", style="dim")
         self._live: Live | None = None
@@ -270,8 +275,9 @@ class Screen:
             self._pace.append((self._began, step - 1))
         self._pace.append((self._clock(), step))
         self._step, self._metrics = step, dict(metrics)
+        self._held_out |= {key: value for key, value in metrics.items() if key.startswith("held_out/")}
         for key in metrics:
-            if key == "reward" or key.startswith("reward/"):
+            if key in ("reward", "nll") or key.startswith("reward/"):
                 self._history.setdefault(key, []).append(_number(metrics[key]))
         if sample is not None:
             self._samples.append(sample)
@@ -334,15 +340,16 @@ class Screen:
         bars = _ASCII_BARS if self.console.options.ascii_only else _BARS
         wide = self.console.width >= 72
         rewards = Table.grid(padding=(0, 2))
-        for key in ("reward", *self._sources()):
+        known = self._held_out | self._metrics
+        for key in ("reward", *self._sources(), "nll"):
             if key in self._metrics:
                 name = Text(_plain(self.console, key.removeprefix("reward/")), style="bold" if key == "reward" else "")
                 line = Text(sparkline(self._history[key], 32 if wide else 16, bars), style="cyan")
                 rewards.add_row(name, Text(figure(self._metrics[key]), justify="right"), line)
         figures = Table.grid(padding=(0, 2)) if wide else rewards
         for key, title in _TABLE_KEYS.items():
-            if key in self._metrics:
-                figures.add_row(Text(title, style="dim"), Text(figure(self._metrics[key]), justify="right"))
+            if key in known:
+                figures.add_row(Text(title, style="dim"), Text(figure(known[key]), justify="right"))
         both = Table.grid(padding=(0, 4))
         both.add_row(*([rewards, figures] if wide else [rewards]))
         parts: list[RenderableType] = [both]

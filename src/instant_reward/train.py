@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from instant_reward import algorithms, assemble
+from instant_reward import algorithms, assemble, watching
 from instant_reward._callable import make_callable
 from instant_reward.batch import Batch, Learner, collate
+from instant_reward.beside import Beside, Imitating, beside
 from instant_reward.collect import Given, Replay, Sampled, check_source, numbered, texts_of
 from instant_reward.config import Config
 from instant_reward.data import texts_in
+from instant_reward.fitting import HeldOutTexts, Texts, texts_to_fit
 from instant_reward.policies.kinds import load_policy
 from instant_reward.policies.optimizer import Optimization
 from instant_reward.policies.policy import Policy
@@ -35,8 +37,7 @@ from instant_reward.run import START, Run
 from instant_reward.sampling.draw import Settings
 from instant_reward.screen import Screen
 from instant_reward.types import Carried, Rollout, UserError
-
-NOT_ALWAYS = {"skipped_groups", "stopped_early", "ratio_kl", "sampler_gap", "clipped"}  # metrics that some steps lack
+from instant_reward.watching import Course
 
 Extra = Callable[[Policy, int], Mapping[str, float]]
 
@@ -47,8 +48,11 @@ class Job:
 
     Attributes:
         texts: where each step's texts come from; replay: earlier ones that join them.
+        steps: how many steps the run has.
+        held_out: texts by which the policy is judged every ``evaluate.every`` steps.
+        beside: texts that are imitated beside what the algorithm does, or before it.
         carried: what the algorithm carries to the next step.
-        above: for how many steps in a row the metric of ``train.stop_when`` has been above its target.
+        course, followed: how the metrics of ``train.stop_when`` and ``train.follow`` have gone.
         interrupted: set by Ctrl-C; the step in hand is finished and saved.
     """
 
@@ -56,12 +60,40 @@ class Job:
     run: Run
     policy: Policy
     rewards: list[Reward]
-    texts: Sampled | Given
+    texts: Sampled | Given | Texts
     algorithm: algorithms.Algorithm
+    steps: int
     replay: Replay | None = None
+    held_out: HeldOutTexts | None = None
+    beside: Beside | None = None
     carried: Carried = field(default_factory=Carried)
-    above: int = 0
+    course: Course = field(default_factory=Course)
+    followed: Course = field(default_factory=Course)
     interrupted: bool = field(default=False, repr=False)
+
+    def phase(self, step: int) -> Phase:
+        """What a step does: the algorithm's own, with another gradient beside it, or at first imitation alone."""
+        if self.beside is not None and self.beside.warming(step):
+            texts, algorithm, config = self.beside.texts, self.beside.algorithm, self.beside.config
+            return Phase(texts, algorithm, config, [], Imitating(self.policy, bare=True), warming=True)
+        learner: Learner = self.policy
+        if self.algorithm.preset.loss == "likelihood":
+            learner = Imitating(self.policy)
+        elif self.beside is not None:
+            learner = self.beside.joined(self.policy, step)
+        return Phase(self.texts, self.algorithm, self.config, self.rewards, learner)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a step learns from, and by what; ``warming`` while demonstrations alone are imitated."""
+
+    texts: Sampled | Given | Texts
+    algorithm: algorithms.Algorithm
+    config: Config
+    rewards: Sequence[Reward]
+    learner: Learner
+    warming: bool = False
 
 
 def learn(job: Job, screen: Screen, extra: Extra | None = None) -> Run:
@@ -70,44 +102,64 @@ def learn(job: Job, screen: Screen, extra: Extra | None = None) -> Run:
     Args:
         extra: called with the policy after each step; the metrics it returns join the step's.
     """
-    run, policy, algorithm, config = job.run, job.policy, job.algorithm, job.config.train
-    sampler = policy.engine(sampling_settings(job.config), version=run.step)
-    for step in range(run.step + 1, config.steps + 1):
-        metrics = Metrics(job.rewards, sampler.count, algorithm.needs)
-        fresh = job.texts.groups(sampler, step)
-        older = job.replay.exchange(fresh, step) if job.replay else []
+    run, policy, config = job.run, job.policy, job.config.train
+    sampler = None
+    if isinstance(job.texts, Sampled):  # of given texts the policy writes none
+        sampler = policy.engine(sampling_settings(job.config), version=run.step)
+    for step in range(run.step + 1, job.steps + 1):
+        now = job.phase(step)
+        count = sampler.count if sampler and not now.warming else None
+        metrics = Metrics(now.rewards, count, now.algorithm.needs)
+        fresh = now.texts.groups(sampler, step)
+        older = job.replay.exchange(fresh, step) if job.replay and not now.warming else []
         rollouts = numbered([*fresh, *older])
-        metrics.sampled(job.texts.drawn, job.texts.skipped)
-        own = 0 if isinstance(job.texts, Given) else len(rollouts) - sum(map(len, older))
-        batch = algorithm.credit(policy.annotate(collated(job, rollouts, own), config.tokens_per_part))
-        update(policy, algorithm, batch, job.config, step, metrics)
-        sampler.load(policy, version=step)
-        observe(job.rewards, job.texts.drawn)
-        row = metrics.row(batch, sampler.count)
-        job.carried = algorithm.adapt(batch, row)
-        if job.config.algorithm.reset_reference and step % job.config.algorithm.reset_reference == 0:
+        metrics.sampled(now.texts.drawn, now.texts.skipped)
+        batch = collated(job, now, rollouts, len(rollouts) - sum(map(len, older)) if count else 0)
+        batch = now.algorithm.credit(batch if now.warming else policy.annotate(batch, config.tokens_per_part))
+        update(now.learner, now.algorithm, batch, now.config, step, metrics)
+        if sampler:
+            sampler.load(policy, version=step)
+        observe(now.rewards, now.texts.drawn)
+        row = metrics.row(batch, count)
+        if not now.warming:
+            job.carried = now.algorithm.adapt(batch, row)
+        if _resets_reference(job, now, step):
             policy.reset_reference()
-        row |= extra(policy, step) if extra else {}
+        row |= _held_out(job, step) | dict(extra(policy, step) if extra else {})
+        last = _ends(job, now, row, step)
         kept = fresh if config.samples == "all" else fresh[:1]
         run.record(step, row, [rollout_record(rollout) for rollout in numbered(kept)])
         screen.update(step, row, rollouts[0])
-        reached = _target_reached(job, row)
-        last = step == config.steps or reached or job.interrupted
-        if last or (config.save_every and step % config.save_every == 0):
-            run.save_checkpoint(step, lambda folder: _save(job, folder), score=row["reward"])
+        _checkpoint(job, row, step, last)
         if last:
             break
     return run
 
 
-def collated(job: Job, rollouts: Sequence[Rollout], own: int) -> Batch:
+def _resets_reference(job: Job, now: Phase, step: int) -> bool:
+    """Whether the reference becomes the policy as it is: every so often, and as demonstrations have made it."""
+    if now.warming:
+        return job.policy.needs.reference and not job.phase(step + 1).warming
+    every = job.config.algorithm.reset_reference
+    return every is not None and step % every == 0
+
+
+def _held_out(job: Job, step: int) -> dict[str, float]:
+    """What the held-out texts say of the policy, where it is time: always at the end."""
+    every = job.config.evaluate.every
+    if job.held_out is None or not (step == job.steps or (every and step % every == 0)):
+        return {}
+    return {f"held_out/{key}": value for key, value in job.held_out.measure(job.policy).items()}
+
+
+def collated(job: Job, now: Phase, rollouts: Sequence[Rollout], own: int) -> Batch:
     """The step's texts as a batch, with the pieces that are its actions and what the teacher reads.
 
     Args:
         own: so many of the first ones are the policy's own, as it is now.
     """
-    algorithm, policy = job.config.algorithm, job.policy
-    batch = collate(rollouts, job.algorithm.sources, policy.pad_id, pieces=algorithm.pieces, fresh=own)
+    algorithm, policy = now.config.algorithm, job.policy
+    batch = collate(rollouts, now.algorithm.sources, policy.pad_id, pieces=algorithm.pieces, fresh=own)
     batch.carried = job.carried
     if algorithm.teacher is not None and algorithm.teacher.sees is not None:
         batch.shown = shown_to_teacher(
@@ -216,8 +268,13 @@ def train(
             },
             where="train",
         )
+    return run_to_its_end(config, rewards, resume)
+
+
+def run_to_its_end(config: Config, rewards: Sequence[Any] | None, resume: bool) -> Run:
+    """Trains by a config, with the screen and Ctrl-C of a run in the foreground."""
     job = prepare(config, rewards, resume)
-    with Screen(config.train.steps) as screen, interruptible(job, screen):
+    with Screen(job.steps) as screen, interruptible(job, screen):
         return learn(job, screen)
 
 
@@ -238,13 +295,30 @@ def prepare(config: Config, rewards: Sequence[Any] | None = None, resume: bool =
     check_source(config, algorithm.preset)
     rows = [] if config.data.rollouts else assemble.load_prompt_rows(config.data)
     policy = start_policy(config, config.out, rows)
-    texts = texts_of(config, rows, policy, named, algorithm)
+    likelihood = algorithm.preset.loss == "likelihood"
+    texts: Sampled | Given | Texts
+    if likelihood:
+        texts = texts_to_fit(config, rows, policy, named)
+    else:
+        texts = texts_of(config, rows, policy, named, algorithm)
+    steps = config.train.steps
+    if config.train.epochs is not None:
+        if not isinstance(texts, Texts):
+            raise UserError("train.epochs: it counts passes over texts that are imitated; give train.steps")
+        steps = texts.steps(config.train.epochs)
+    held_out = None
+    if config.evaluate.texts is not None:
+        limits = (config.model.max_context, config.train.tokens_per_part)
+        held_out = HeldOutTexts(config.evaluate.texts, policy, *limits)
+    imitated = beside(config, policy) if config.supervised is not None else None
     if config.evaluate.prompts is not None:  # read again when they are needed; what is wrong shows now
         assemble.load_prompt_rows(config.evaluate.prompts)
         assemble.build_rewards(config.evaluate.held_out)
-    updates = config.train.steps * config.algorithm.epochs * config.algorithm.minibatches
+    warmup = config.supervised.warmup_steps if config.supervised else 0
+    updates = min(warmup, steps) + max(0, steps - warmup) * config.algorithm.epochs * config.algorithm.minibatches
     needs = algorithm.needs
-    if config.data.rollouts or config.train.replay or (config.data.completion and (needs.reference or needs.teacher)):
+    given = config.data.rollouts or config.train.replay
+    if (given and not likelihood) or (config.data.completion and (needs.reference or needs.teacher)):
         needs = replace(needs, proximal=True)  # the sampler's log-probabilities are not the policy's own
     policy.prepare(
         Optimization(
@@ -263,7 +337,7 @@ def prepare(config: Config, rewards: Sequence[Any] | None = None, resume: bool =
         run.save_start(policy.save)
     kept = config.train.replay
     replayed = Replay(kept.groups, kept.staleness, config.seed) if kept else None
-    job = Job(config, run, policy, named, texts, algorithm, replayed)
+    job = Job(config, run, policy, named, texts, algorithm, steps, replayed, held_out, imitated)
     checkpoint = run.latest_checkpoint() if resume else None
     if checkpoint is not None:
         _load(job, checkpoint)
@@ -298,7 +372,7 @@ def start_policy(config: Config, folder: str | Path, rows: Sequence[Mapping[str,
     """
     scratch = config.model.scratch
     if scratch is not None and not (Path(folder) / START).is_dir():
-        given = [config.data.column, *([config.data.completion] if config.data.completion else [])]
+        given = [name for name in (config.data.column, config.data.completion) if name]
         return new_policy(scratch, list(texts_in(rows, scratch.tokenizer.columns or given)), config.model.dtype)
     lora = config.model.lora.model_dump() if config.model.lora else None
     return load_policy(start_name(config, folder), config.model.dtype, lora=lora)
@@ -337,18 +411,43 @@ def sampling_settings(config: Config) -> Settings:
     return Settings(**{**sampling, "stop": tuple(sampling["stop"])})
 
 
-def _target_reached(job: Job, row: Mapping[str, float]) -> bool:
-    target = job.config.train.stop_when
-    if target is None:
-        return False
-    if target.metric not in row:
-        if target.metric in NOT_ALWAYS or target.metric.startswith("held_out/"):
-            job.above = 0
-            return False
-        known = ", ".join(sorted({*row, *NOT_ALWAYS}))
-        raise UserError(f"train.stop_when.metric: there is no metric {target.metric!r}; use one of {known}")
-    job.above = job.above + 1 if row[target.metric] > target.above else 0
-    return job.above >= target.for_steps
+def _ends(job: Job, now: Phase, row: dict[str, float], step: int) -> bool:
+    """Whether this step is the last one; moves the learning rate where it follows a metric."""
+    config = job.config.train
+    if now.warming:  # the metrics are not those of the algorithm yet
+        return step == job.steps or job.interrupted
+    if config.follow is not None:
+        back = watching.follow(config.follow, job.followed, row, step)
+        best = job.run.checkpoint(job.followed.best_step) if back else None
+        if best is not None:
+            job.policy.load_best(best)
+            row["returned_to"] = float(job.followed.best_step)
+        job.policy.rate_factor(job.followed.factor)
+    stop = config.stop_when
+    over = (stop is not None and watching.ends(stop, job.course, row, step)) or step == job.steps
+    if over and stop is not None and stop.return_to_best and job.course.best_step != step:
+        best = job.run.checkpoint(job.course.best_step)
+        if best is not None:
+            job.policy.load_weights(best)
+            row["returned_to"] = float(job.course.best_step)
+    return over or job.interrupted
+
+
+def _checkpoint(job: Job, row: Mapping[str, float], step: int, last: bool) -> None:
+    """A checkpoint where it is time, and of every new best value that someone may return to."""
+    config = job.config.train
+    courses = {}
+    if config.follow is not None and config.follow.return_to_best:
+        courses["follow"] = job.followed
+    if config.stop_when is not None and (config.stop_when.return_to_best or config.stop_when.patience):
+        courses["stop_when"] = job.course
+    best = {course.best_step for course in courses.values()}
+    if last or step in best or (config.save_every and step % config.save_every == 0):
+        score = row.get("reward")
+        if "stop_when" in courses and config.stop_when is not None:
+            sign = -1.0 if watching.better_of(config.stop_when) == "lower" else 1.0
+            score = sign * row[config.stop_when.metric] if config.stop_when.metric in row else None
+        job.run.save_checkpoint(step, lambda folder: _save(job, folder), score, best)
 
 
 def _seed_everything(seed: int) -> None:
@@ -367,7 +466,8 @@ def _save(job: Job, folder: Path) -> None:
     if remembered:
         torch.save(remembered, folder / "rewards.pt")
     state = {
-        "above": job.above,
+        "course": asdict(job.course),
+        "followed": asdict(job.followed),
         "carried": asdict(job.carried),
         "python": random.getstate(),
         "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
@@ -379,7 +479,7 @@ def _save(job: Job, folder: Path) -> None:
 def _load(job: Job, folder: Path) -> None:
     job.policy.load_state(folder)
     state = json.loads((folder / "state.json").read_text())
-    job.above = state["above"]
+    job.course, job.followed = Course(**state["course"]), Course(**state["followed"])
     job.carried = Carried(**state["carried"])
     if job.replay is not None:
         job.replay.load(folder / "replay.jsonl")

@@ -236,6 +236,8 @@ class Needs:
         top_actions: the sum over next tokens goes over so many of the likeliest ones; 0 for all of them, None for no
             such sum.
         teacher: log-probabilities under a teacher.
+        own_error: the given texts' log-probabilities under the policy as it is when the step begins, by which their
+            tokens weigh.
     """
 
     learns: bool = True
@@ -245,6 +247,7 @@ class Needs:
     critic: CriticNeed | None = None
     top_actions: int | None = None
     teacher: TeacherNeed | None = None
+    own_error: bool = False
 
 
 @dataclass

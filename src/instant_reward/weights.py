@@ -14,6 +14,7 @@ from instant_reward.config_weight import (
     CosineWeight,
     FadeWeight,
     LinearWeight,
+    Schedule,
     StepsWeight,
     WeightRule,
 )
@@ -31,6 +32,11 @@ def as_they_are(sources: Sequence[Source], batch: Batch) -> list[Source]:
     here = deviations(batch)  # of the first step, which has none before it
     known = {**here, **batch.carried.deviations}
     return [replace(one, weight=one.weight / _spread(known[one.name])) if one.scaled else one for one in now]
+
+
+def planned(value: float | Schedule, carried: Carried) -> float:
+    """A number that may hang on the step: what it is in the step to come."""
+    return value if isinstance(value, float) else weight_now(value, "", carried)
 
 
 def weight_now(rule: WeightRule, name: str, carried: Carried) -> float:

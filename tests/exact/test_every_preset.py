@@ -47,12 +47,14 @@ def everything(name: str, options: dict[str, Any]) -> dict[str, Any]:
     learned = preset.critic or options.get("baseline") == "value"
     table = bool(options.get("critic", {}).get("table"))
     ahead = preset.returns in ("gae", "vtrace") and not table
-    if preset.returns in ("whole", "own"):
+    likelihood = preset.loss == "likelihood"
+    if preset.returns in ("whole", "own") and not likelihood:
         found["timing"] = "ignore"
     if preset.loss == "none":
         found["teacher"] = {"sees": SEES, "discount": 1.0}
     else:
-        found |= {"kl_as": "loss", "kl_estimator": "k3", "entropy": 0.05, "soft_length": 3}
+        found |= {"kl_as": "loss", "kl_estimator": "k3", "entropy": 0.05}
+        found |= {"unrated": 2.0, "by_error": "harder"} if likelihood else {"soft_length": 3}
         found["teacher"] = {"sees": SEES, **({"baseline": True} if name == "distill" else {"whole": True})}
     if learned:
         head = {} if preset.loss == "none" else {"model": "head", "detach": False}
@@ -88,7 +90,9 @@ def noise(tensors: Iterable[Tensor], size: float, seed: int) -> None:
 
 def prepared(options: dict[str, Any]) -> tuple[Algorithm, Batch, CausalPolicy]:
     """A batch that is not credited yet, and a policy that has left its sampler, with a critic that says something."""
-    algorithm = algorithms.build(AlgorithmConfig(**options), REWARDS, SETTINGS.max_new_tokens)
+    likelihood = options["name"] == "likelihood"  # whose weights may not be negative
+    rewards = [one.but(weight=abs(one.weight)) for one in REWARDS] if likelihood else REWARDS
+    algorithm = algorithms.build(AlgorithmConfig(**options), rewards, SETTINGS.max_new_tokens)
     policy = models.policy()
     policy.prepare(Optimization(learning_rate=1e-2), algorithm.needs)
     noise(policy.model.parameters(), 0.02, 1)
@@ -96,6 +100,8 @@ def prepared(options: dict[str, Any]) -> tuple[Algorithm, Batch, CausalPolicy]:
         policy.critic.begun.fill_(True)
         noise(policy.critic.parameters(), 0.3, 2)
     batch = collate(texts(), algorithm.sources, policy.pad_id, dtype=torch.float64, pieces=options.get("pieces"))
+    if likelihood:
+        batch.marks.value.abs_()
     batch.carried = Carried(step=5, mean_return=0.3, mean_weight=0.4)
     batch.shown = shown_to_teacher(texts(), SEES, policy.tokenizer, policy.pad_id, policy.context)
     return algorithm, batch, policy

@@ -94,7 +94,7 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
     assert "set it to 1" in found["sampling.top_p"]
     assert "set it to 0" in found["sampling.top_k"]
     assert found["train.learning_rate"] == "must be greater than or equal to 0, not -1e-05"
-    assert found["train.stop_when.above"] == "this is required"
+    assert found["train.stop_when"] == "give above, below or patience: without one it never ends the run"
     assert found["evaluate"] == "must be a mapping of keys to values, not 3"
     assert len(found) == 18
 

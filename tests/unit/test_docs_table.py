@@ -15,7 +15,7 @@ import instant_reward as ir
 from instant_reward import algorithms
 from instant_reward.collect import check_source
 from instant_reward.config import AlgorithmConfig, Config, ReplayConfig, SamplingConfig
-from instant_reward.config_algorithm import CriticConfig, ImportanceConfig, TeacherConfig
+from instant_reward.config_algorithm import CriticConfig, ErrorConfig, ImportanceConfig, TeacherConfig
 from instant_reward.presets import PRESETS, Preset, preset_of
 from instant_reward.rewards.base import as_rewards
 from tiny import tiny_folder
@@ -25,7 +25,7 @@ TEXT = " ".join(PAGE.split())
 TAKEN, SUMMED, BIASED, REFUSED = "as it comes", "summed", "biased", "refused"
 ALLOW = {"timing": "ignore", "biased_placement": "allow"}
 ALLOWED_BY = {SUMMED: "algorithm.timing=ignore", BIASED: "algorithm.biased_placement=allow"}
-SECTIONS = {"critic": CriticConfig, "importance": ImportanceConfig, "teacher": TeacherConfig}
+SECTIONS = {"critic": CriticConfig, "importance": ImportanceConfig, "teacher": TeacherConfig, "by_error": ErrorConfig}
 TEACHER = {"sees": "{prompt} well"}
 Case = tuple[list[Any], dict[str, Any]]
 
@@ -156,7 +156,8 @@ def documented_defaults() -> dict[str, str]:
             if field.default is None:
                 found[name] = "not set"
             for key, inner in SECTIONS[name].model_fields.items():
-                found[f"{name}.{key}"] = "not set" if inner.default is None else str(inner.default)
+                unset = "required" if inner.is_required() else "not set" if inner.default is None else ""
+                found[f"{name}.{key}"] = unset or str(inner.default)
         elif name != "name":
             unset = "the preset's" if name in of_preset else "not set"
             found[name] = unset if field.default is None else str(field.default)
@@ -315,7 +316,7 @@ def test_links_lead_somewhere() -> None:
 # When a row of the metrics' table says that a metric is logged.
 LOGGED: dict[str, Callable[[AlgorithmConfig, Preset], bool]] = {
     "always": lambda config, preset: True,
-    "`kl` above 0, texts of its own": lambda config, preset: config.kl > 0,
+    "`kl` above 0, texts of its own": lambda config, preset: config.kl > 0 and preset.loss != "likelihood",
     "a teacher, texts of its own": lambda config, preset: config.teacher is not None,
     "`entropy_target`, from the second step": lambda config, preset: config.entropy_target is not None,
     "tokens are learned from": lambda config, preset: preset.loss in ("policy_gradient", "clipped", "cispo"),
@@ -324,6 +325,9 @@ LOGGED: dict[str, Callable[[AlgorithmConfig, Preset], bool]] = {
         config.importance is not None or config.name in ("vtrace", "decoupled_ppo", "gspo")
     ),
     "a critic": lambda config, preset: preset.critic,
+    "`likelihood`": lambda config, preset: preset.loss == "likelihood",
+    "a section `supervised`": lambda config, preset: False,
+    "`evaluate.texts`, every so often": lambda config, preset: False,
     "`ilql`": lambda config, preset: config.name == "ilql",
     "when it happened": lambda config, preset: False,
 }
@@ -341,9 +345,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows_of(algorithm: Any, reward: Any, model: Path, out: Path, **train: Any) -> list[dict[str, float]]:
     """The metrics of two steps on a tiny model, by the public loop."""
+    data: dict[str, Any] = {"prompts": ["it was", "a film of"]}
+    if algorithm["name"] == "likelihood":
+        data = {"prompts": [{"text": "it was good"}, {"text": "a film of"}], "column": None, "completion": "text"}
     values = {
         "model": str(model),
-        "data": {"prompts": ["it was", "a film of"]},
+        "data": data,
         "algorithm": algorithm,
         "sampling": {"max_new_tokens": 4},
         "train": {"steps": 2, "prompts_per_step": 2, "group_size": 2, "learning_rate": 1e-3, **train},
@@ -366,6 +373,7 @@ ADAPTIVE = {"name": "rloo", "kl": 0.1, "kl_target": 0.1, "entropy": 0.01, "entro
         {"name": "distill", "teacher": TEACHER},
         {"name": "a2c", "teacher": {**TEACHER, "whole": True}},
         {"name": "value", "critic": {"table": True}},
+        {"name": "likelihood", "by_error": "easier", "kl": 0.1, "kl_as": "loss", "kl_estimator": "k2"},
     ],
     ids=str,
 )

@@ -20,19 +20,19 @@ LAYERS = [
     ],
     ["batch", "credit", "importance", "losses", "rewards"],
     [
-        "algorithms", "assemble", "carried", "checks", "config", "config_algorithm", "config_problems",
+        "algorithms", "assemble", "carried", "checks", "config", "config_algorithm", "config_problems", "config_train",
         "crediting", "data", "objective", "policies", "presets",
         "progress", "run", "run_files", "sampling", "screen", "weights", "yaml_values",
     ],
-    ["collect", "train"],
+    ["beside", "collect", "fitting", "supervised", "train", "watching"],
     ["__main__", "cli", "evaluate", "studio"],
 ]  # fmt: skip
 LAYER = {name: index for index, names in enumerate(LAYERS) for name in names}
 
 # Who may import torch or transformers when imported; everyone else does so inside functions, if at all.
 WITH_TORCH = {
-    "algorithms", "batch", "checks", "collect", "credit", "crediting", "importance", "losses", "objective", "policies",
-    "progress", "sampling", "train", "weights",
+    "algorithms", "batch", "beside", "checks", "collect", "credit", "crediting", "fitting", "importance", "losses",
+    "objective", "policies", "progress", "sampling", "train", "weights",
 }  # fmt: skip
 
 

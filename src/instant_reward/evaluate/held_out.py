@@ -9,6 +9,7 @@ from pathlib import Path
 
 from instant_reward import assemble
 from instant_reward.batch import collate
+from instant_reward.collect import prompts_of
 from instant_reward.config import Config
 from instant_reward.evaluate.metrics import evaluate_texts
 from instant_reward.policies.kinds import load_policy
@@ -54,8 +55,8 @@ class HeldOut:
         self.rewards = list(rewards)
         self.held_out = [one.but(train=False) for one in assemble.build_rewards(config.evaluate.held_out)]
         rows = assemble.load_prompt_rows(config.evaluate.prompts)
-        column, room = config.evaluate.prompts.column, config.sampling.max_new_tokens
-        self.prompts: list[Prompt] = policy.prompts(rows, column, room)
+        room = config.sampling.max_new_tokens
+        self.prompts: list[Prompt] = prompts_of(config.evaluate.prompts, rows, policy, room, None)
         self.reference = load_policy(start_name(config, config.out), config.model.dtype)
         self.labels = {f"score/{one.name}": f"{one.name} (trained on)" for one in self.rewards if one.train}
         watched = [one for one in [*self.rewards, *self.held_out] if not one.train]

@@ -28,18 +28,20 @@ def learning_curve(metrics: Metrics, path: Path | str, keys: Iterable[str] | Non
 
     Args:
         metrics: one dict per step, as ``run.metrics`` has them.
-        keys: the metrics of the upper part; by default every ``reward/<source>``.
+        keys: the metrics of the upper part; by default every ``reward/<source>``, or where there is none the error on
+            given texts.
 
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.
     """
     names = list(keys) if keys is not None else reward_keys(metrics)
+    errors = [key for key in ("nll", "held_out/nll") if not names and len(series(metrics, key)[0])]
     divergence = [key for key in ("kl",) if len(series(metrics, key)[0])]
     figure = _figure(5.4 if divergence else 4.0)
     shares = [3, 1] if divergence else [1]
     axes = figure.subplots(len(shares), 1, sharex=True, squeeze=False, height_ratios=shares)[:, 0]
-    _draw_lines(axes[0], metrics, names)
-    axes[0].set_ylabel("mean reward")
+    _draw_lines(axes[0], metrics, names or errors)
+    axes[0].set_ylabel("nats per token" if errors else "mean reward")
     if divergence:
         _draw_lines(axes[1], metrics, divergence, legend=False)
         axes[1].set_ylabel("KL")

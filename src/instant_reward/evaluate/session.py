@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from rich.console import Console
 
 from instant_reward.config import Config
@@ -13,25 +15,34 @@ from instant_reward.policies.policy import Policy
 from instant_reward.screen import Screen
 from instant_reward.train import Job, interruptible, learn, prepare
 
+TEXT_LABELS = {
+    "nll": "nats per token",
+    "perplexity": "perplexity",
+    "bits_per_character": "bits per character",
+    "accuracy": "accuracy",
+}
+
 
 def run_session(config: Config, resume: bool = False) -> int:
     """Trains by a config; with held-out prompts there, also compares before and after. Returns the exit code."""
     console = Console()
     job = prepare(config, resume=resume)
-    if job.run.step >= config.train.steps:
-        console.print(f"{job.run.path} has its {config.train.steps} steps already; raise train.steps to go on")
+    if job.run.step >= job.steps:
+        more = "train.steps" if config.train.epochs is None else "train.epochs"
+        console.print(f"{job.run.path} has its {job.steps} steps already; raise {more} to go on")
         return 0
     held_out = HeldOut(config, job.rewards, job.policy) if config.evaluate.prompts else None
     before = _before(job, held_out, console) if held_out else None
+    texts_before = _texts_before(job, console) if job.held_out else {}
     every = config.evaluate.every
 
     def extra(policy: Policy, step: int) -> dict[str, float]:
-        if held_out is None or every is None or step % every:
+        if held_out is None or every is None or step % every:  # held-out texts are measured by the loop itself
             return {}
         figures = held_out.measure(policy).figures
         return {f"held_out/{key}": value for key, value in figures.items()}
 
-    with Screen(config.train.steps, console) as screen, interruptible(job, screen):
+    with Screen(job.steps, console) as screen, interruptible(job, screen):
         learn(job, screen, extra)
     if job.interrupted:
         return 130
@@ -43,8 +54,27 @@ def run_session(config: Config, resume: bool = False) -> int:
         after.write(job.run.path / "held_out" / "after.json")
         table, rows = compare(before.figures, after.figures, held_out.labels)
         console.print(table)
+    if job.held_out:
+        with console.status("measuring on the held-out texts"):
+            figures = job.held_out.measure(job.policy)
+        table, of_texts = compare(texts_before, figures, TEXT_LABELS, "Held-out texts, before and after")
+        console.print(table)
+        rows = [*rows, *of_texts]
     _write_down(job, rows, before, after, console)
     return 0
+
+
+def _texts_before(job: Job, console: Console) -> dict[str, float]:
+    """What the held-out texts said of the policy before its first step: measured now, or read in a resumed run."""
+    assert job.held_out is not None, "the config names no held-out texts"
+    path = job.run.path / "held_out" / "texts_before.json"
+    if not path.is_file():
+        with console.status("measuring on the held-out texts"):
+            found = job.held_out.measure(job.policy)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found))
+    read: dict[str, float] = json.loads(path.read_text())
+    return read
 
 
 def _before(job: Job, held_out: HeldOut, console: Console) -> Measurement:

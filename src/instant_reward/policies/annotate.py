@@ -58,14 +58,33 @@ def annotated(policy: Learning, part: Batch) -> dict[str, Tensor]:
         teacher = _teacher_head(policy, part)
         found["teacher_logprobs"] = policy.token_logprobs(teacher, part).logprobs
     baseline = needs.teacher is not None and needs.teacher.baseline
-    head = policy.head(policy.model, part) if needs.proximal or baseline or _reads_policy(policy.critic) else None
-    if needs.proximal and head is not None:
+    own = needs.proximal or needs.own_error
+    head = policy.head(policy.model, part) if own or baseline or _reads_policy(policy.critic) else None
+    if own and head is not None:
         found["proximal_logprobs"] = policy.token_logprobs(head, part).logprobs
     if baseline and head is not None and teacher is not None:
         found["teacher_baseline"] = on_tokens(-terms.divergence(head, teacher), part.mask)
     if policy.critic is not None:
         found |= _values(policy.critic, head, part, policy.states)
     return found
+
+
+def likeliest(policy: Learning, batch: Batch, tokens_per_part: int) -> tuple[Tensor, Tensor]:
+    """The action that the policy finds likeliest in the place of each sampled one, and what it says of that one.
+
+    Returns:
+        int64 ``[B, L]``, 0 where the mask is off, and the sampled actions' log-probabilities ``[B, L]``, in the
+        policy's own dtype; both without gradient.
+    """
+    found, logprobs = torch.zeros_like(batch.token_ids), torch.zeros(batch.token_ids.shape, dtype=torch.float64)
+    with torch.no_grad():
+        for rows in batch.shares(tokens_per_part):
+            part = batch.select(rows)
+            head = policy.head(policy.model, part)
+            wide = part.token_ids.shape[1]
+            found[rows, :wide] = on_tokens(terms.likeliest(head), part.mask)
+            logprobs[rows, :wide] = on_tokens(policy.token_logprobs(head, part).logprobs[part.mask], part.mask).double()
+    return found, logprobs
 
 
 def _reads_policy(critic: Critic | None) -> bool:

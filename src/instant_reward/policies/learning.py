@@ -186,6 +186,15 @@ class Learning(ABC):
                 for name, parameter in self.reference.named_parameters():
                     parameter.copy_(self.reference_moved.get(name, parameter))
 
+    @contextmanager
+    def dropping_out(self) -> Iterator[None]:
+        """The model's dropout is on: for given texts. Of sampled ones the log-probabilities must be the sampler's."""
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.eval()
+
     def backward(self, loss: Tensor) -> None:
         """Adds a part's gradient to the step's."""
         loss.backward()  # type: ignore[no-untyped-call]
@@ -261,6 +270,18 @@ class Learning(ABC):
         if (folder / REFERENCE).is_file():
             self._take_reference(load_file(folder / REFERENCE))
         self.stepper.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+
+    def rate_factor(self, factor: float) -> None:
+        """From here on the learning rates are so many times what their schedule says."""
+        assert self.stepper is not None, "prepare the policy before it learns"
+        self.stepper.factor = factor
+
+    def load_best(self, folder: Path) -> None:
+        """Goes back to a checkpoint of this run; its schedule goes on from where it is."""
+        assert self.stepper is not None, "prepare the policy before it is loaded from a checkpoint"
+        done = self.stepper.done
+        self.load_state(folder)
+        self.stepper.done = done
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)

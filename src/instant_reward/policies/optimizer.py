@@ -20,7 +20,7 @@ class Optimization:
     Attributes:
         learning_rate: AdamW's, after warm-up.
         steps: optimizer steps in all, which the schedule runs over.
-        schedule: "constant", "linear" or "cosine", both down to 0.
+        schedule: "constant"; "linear" or "cosine", both down to 0; "follow", which ``Stepper.factor`` is moved for.
         warmup: steps of linear warm-up.
         weight_decay: AdamW's.
         max_grad_norm: the gradient's 2-norm is scaled down to this.
@@ -28,7 +28,7 @@ class Optimization:
 
     learning_rate: float = 1e-5
     steps: int = 1
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine", "follow"] = "constant"
     warmup: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -43,7 +43,11 @@ class Group:
 
 
 class Stepper:
-    """Holds the optimizer and its schedule."""
+    """Holds the optimizer and its schedule.
+
+    Attributes:
+        done: optimizer steps so far; factor: what the rates are multiplied by besides, by who follows a metric.
+    """
 
     def __init__(self, groups: Sequence[Group], settings: Optimization) -> None:
         self.settings = settings
@@ -56,6 +60,7 @@ class Stepper:
             fused=True,
         )
         self.done = 0
+        self.factor = 1.0
 
     @property
     def learning_rate(self) -> float:
@@ -64,6 +69,9 @@ class Stepper:
 
     def _share(self) -> float:
         """What the schedule leaves of the rates."""
+        return self.factor * self._scheduled()
+
+    def _scheduled(self) -> float:
         settings, step = self.settings, self.done
         if step < settings.warmup:
             return (step + 1) / settings.warmup
@@ -104,9 +112,9 @@ class Stepper:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to hold."""
-        return {"optimizer": self.optimizer.state_dict(), "done": self.done}
+        return {"optimizer": self.optimizer.state_dict(), "done": self.done, "factor": self.factor}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint."""
         self.optimizer.load_state_dict(state["optimizer"])
-        self.done = state["done"]
+        self.done, self.factor = state["done"], state["factor"]

@@ -51,6 +51,24 @@ class Policy(Learning):
             UserError: names the row where a prompt cannot be used.
         """
 
+    def unprompted(self, rows: Sequence[Mapping[str, Any]]) -> list[Prompt]:
+        """Prompts for texts that begin from nothing: the opening token alone, with the row's columns as info.
+
+        Raises:
+            UserError: where the tokenizer has no token to begin with.
+        """
+        opening = [getattr(self.tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")]
+        first = next((token for token in (*opening, *self.end_ids) if token is not None), None)
+        if first is None:
+            raise UserError(
+                "data.column: the model has neither a beginning nor an end token to start a text from; name a column "
+                "with prompts"
+            )
+        return [
+            Prompt(str(row.get("id", number)), "", [int(first)], info={k: v for k, v in row.items() if k != "id"})
+            for number, row in enumerate(rows)
+        ]
+
     @abstractmethod
     def actions_of(self, text: str, prompt: Prompt) -> list[int]:
         """The actions that write a text behind a prompt, the end's included.

@@ -58,6 +58,8 @@ class States:
         """See ``Reader``: the states that predict the sampled tokens."""
         if isinstance(base, recurrent.RecurrentTrunk):
             return recurrent.of_sampled(base, batch, self.products)
+        if _drops_out(base):  # first: a probe would draw random numbers and differ
+            return _by_forward_pass(base, batch, self.compute)
         known = self._trunks.get(id(base))
         if known is None:  # the model is kept beside its trunk, so that its id stays its own
             known = self._trunks[id(base)] = (base, trunk_of(base, self.products))
@@ -68,6 +70,14 @@ class States:
         rows = [one.to(device) for one in packed.rows]
         states = known[1].causal(packed.ids.to(device), packed.positions.to(device), rows)
         return states[packed.states.to(device)]
+
+
+def _drops_out(base: Any) -> bool:
+    """Whether the model drops out states, which this library's own functions do not."""
+    if not base.training:
+        return False
+    attention = getattr(base.config, "attention_dropout", 0.0) or 0.0  # Llama's is no module
+    return attention > 0 or any(isinstance(one, torch.nn.Dropout) and one.p > 0 for one in base.modules())
 
 
 def _by_forward_pass(base: Any, batch: Batch, compute: torch.dtype) -> Tensor:

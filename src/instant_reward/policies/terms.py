@@ -35,6 +35,12 @@ class Head:
         return values.clamp(min=torch.finfo(values.dtype).min)
 
 
+def likeliest(head: Head) -> Tensor:
+    """The likeliest action of each state, int64 ``[N]``, without gradient."""
+    rows = chunks(len(head.hidden), head.weight.shape[0])
+    return torch.cat([head.logprobs(some).argmax(-1) for some in rows] or [torch.zeros(0, dtype=torch.long)])
+
+
 def entropy(head: Head) -> Tensor:
     """The entropy of the next token in nats, ``[N]``, with gradient."""
 

@@ -19,7 +19,7 @@ from instant_reward.types import Every, Prompt, Span, Stop, UserError, View
 if TYPE_CHECKING:
     from instant_reward.config_weight import WeightRule
 
-Takes = Literal["view", "text", "columns", "state"]
+Takes = Literal["view", "text", "columns", "state", "pair"]
 Scope = Literal["text", "group", "run"]
 Value = float | None | Stop | list[float] | list[Span]
 
@@ -35,7 +35,8 @@ class Reward:
         at: where its marks are paid: "seen" (exact) or "span" (a biased heuristic, section "credit" of the docs).
         weight: the factor of this source in the sum that is learned from.
         discount: per sampled token, for this source alone; None leaves it to the algorithm.
-        takes: "view" f(view); "text" f(text); "columns" f(prompts, completions, **columns); "state" start and extend.
+        takes: "view" f(view); "text" f(text); "columns" f(prompts, completions, **columns); "state" start and extend;
+            "pair" f(output, target), of a given text and what the policy would have written in its place.
         rule: how the weight changes while the run goes on (``config_weight``); None keeps it.
         scaled: divide by the running deviation of what texts earn from it, so that sources of any scale weigh alike.
         clip: each of its marks is cut to so much above and below 0; None for no bound.
@@ -117,6 +118,8 @@ class Reward:
         """What the function hands back: a list with something for each view, if it did as it should."""
         if self.takes == "columns":
             return self._rate_columns(views)
+        if self.takes == "pair":
+            return [self.function(view.info["output"], view.text) for view in views]
         if self.takes == "state":
             if self.batched:
                 return _several(self.function.extend(list(states), list(views)))
@@ -237,12 +240,15 @@ def as_reward(candidate: Any) -> Reward:
         return Reward(candidate, _name_of(candidate), takes="text")
     if "completions" in {parameter.name for parameter in parameters}:
         return Reward(candidate, _name_of(candidate), takes="columns", **{**own, "batched": True})
+    if [parameter.name for parameter in parameters] == ["output", "target"]:
+        return Reward(candidate, _name_of(candidate), takes="pair", stops=False)
     needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     keyword_only = [p.name for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY]
     if len(needed) > 1 or keyword_only or not parameters:
         raise UserError(
             f"reward '{_name_of(candidate)}' takes ({', '.join(p.name for p in parameters)}); write it as f(text), as "
-            "f(prompts, completions, **columns), or as f(view) under @ir.reward(every=...)"
+            "f(prompts, completions, **columns), as f(output, target) for given texts, or as f(view) "
+            "under @ir.reward(every=...)"
         )
     first = (needed or parameters)[0]
     hint = first.annotation if isinstance(first.annotation, str) else getattr(first.annotation, "__name__", "")

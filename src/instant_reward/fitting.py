@@ -1,0 +1,253 @@
+"""Supervised training's texts: the data's own, a step's worth at a time, as rollouts whose tokens are all targets."""
+
+from __future__ import annotations
+
+import bisect
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from instant_reward import assemble
+from instant_reward.batch import Batch, collate
+from instant_reward.collect import (
+    Group,
+    actions_for,
+    check_fits,
+    check_recorded,
+    prompts_of,
+    recorded_groups,
+    written_rollout,
+)
+from instant_reward.config import Config, DataConfig
+from instant_reward.data import Prompts
+from instant_reward.policies.annotate import likeliest
+from instant_reward.policies.policy import Policy
+from instant_reward.rewards.base import Reward
+from instant_reward.rewards.scope import remembering, replay_groups
+from instant_reward.sampling.sampler import Sampler
+from instant_reward.text import TextDecoder
+from instant_reward.types import Prompt, Rollout, UserError
+
+WINDOW = 1024  # texts among which those of like length are put together: the order stays random beyond it
+
+
+class Written(Sequence[Rollout]):
+    """Texts of the data's own as rollouts, made when they are asked for; what is wrong with them shows at once.
+
+    Args:
+        data: its ``completion`` names the column, ``too_long`` what becomes of a text longer than ``room``.
+        room: so many tokens are read at once, the prompt's included.
+
+    Attributes:
+        lengths: tokens of each, its prompt included.
+
+    Raises:
+        UserError: a text is missing, empty or too long.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], data: DataConfig, policy: Policy, room: int) -> None:
+        assert data.completion is not None, "the config names no column of texts"
+        self.policy, self.decoder = policy, TextDecoder(policy.tokenizer)
+        self.prompts: list[Prompt] = []
+        self.actions: list[list[int]] = []
+        for prompt in prompts:
+            ids = actions_for(prompt, data.completion, policy)
+            own = room - len(prompt.token_ids)
+            if data.too_long == "refuse" or own < 1:
+                check_fits(prompt, ids, room)
+            starts = range(0, len(ids), own) if data.too_long == "split" else range(1)
+            self.actions += [ids[start : start + own] for start in starts]
+            self.prompts += [prompt] * len(starts)
+        self.lengths = [len(one.token_ids) + len(ids) for one, ids in zip(self.prompts, self.actions, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        return written_rollout(self.prompts[index], self.actions[index], index, self.policy, self.decoder)
+
+
+class TokenBatches:
+    """Steps of about so many tokens, texts of like length together, in an order that seed and step alone decide.
+
+    Each epoch goes through all texts once. Nothing is remembered between calls that a resumed run would lack.
+
+    Args:
+        lengths: tokens of each text; one that is longer than ``tokens`` is a step of its own.
+    """
+
+    def __init__(self, lengths: Sequence[int], tokens: int, seed: int) -> None:
+        self.lengths, self.tokens, self.seed = lengths, tokens, seed
+        self._ends: list[int] = []  # after how many steps each epoch is over
+        self._epoch, self._batches = -1, list[list[int]]()
+
+    def batch(self, step: int) -> list[int]:
+        """The numbers of the texts of a step; the first step is 1."""
+        while not self._ends or self._ends[-1] < step:
+            self._ends.append((self._ends[-1] if self._ends else 0) + len(self._of_epoch(len(self._ends))))
+        epoch = bisect.bisect_left(self._ends, step)
+        return self._of_epoch(epoch)[step - 1 - (self._ends[epoch - 1] if epoch else 0)]
+
+    def steps(self, epochs: float) -> int:
+        """How many steps so many epochs take."""
+        whole = sum(len(self._of_epoch(epoch)) for epoch in range(int(epochs)))
+        rest = epochs - int(epochs)
+        return whole + (math.ceil(rest * len(self._of_epoch(int(epochs)))) if rest else 0)
+
+    def _of_epoch(self, epoch: int) -> list[list[int]]:
+        if epoch != self._epoch:
+            dice = random.Random(f"{self.seed}/{epoch}")
+            order = list(range(len(self.lengths)))
+            dice.shuffle(order)
+            windows = [order[start : start + WINDOW] for start in range(0, len(order), WINDOW)]
+            self._batches = [batch for window in windows for batch in self._cut(window)]
+            dice.shuffle(self._batches)
+            self._epoch = epoch
+        return self._batches
+
+    def _cut(self, window: Sequence[int]) -> Iterator[list[int]]:
+        batch: list[int] = []
+        used = 0
+        for number in sorted(window, key=lambda one: self.lengths[one]):
+            if batch and used + self.lengths[number] > self.tokens:
+                yield batch
+                batch, used = [], 0
+            batch.append(number)
+            used += self.lengths[number]
+        if batch:
+            yield batch
+
+
+@dataclass
+class Texts:
+    """A step's texts out of all, each a group of its own, rated by the rewards.
+
+    Attributes:
+        rollouts: all texts; order: which of them a step gets.
+        compared: whether a reward reads what the policy would have written, under ``info["output"]``.
+        skipped, drawn: see ``collect.Sampled``; nothing is ever left out.
+    """
+
+    rollouts: Sequence[Rollout]
+    order: TokenBatches | Prompts[int]
+    policy: Policy
+    rewards: Sequence[Reward]
+    tokens_per_part: int = 1280
+    skipped: int = 0
+    drawn: list[Rollout] = field(default_factory=list)
+    _marked: dict[int, Rollout] = field(default_factory=dict)
+
+    def steps(self, epochs: float) -> int:
+        """How many steps so many epochs take."""
+        if isinstance(self.order, TokenBatches):
+            return self.order.steps(epochs)
+        return math.ceil(epochs * len(self.order) / self.order.per_step)
+
+    def groups(self, sampler: Sampler | None, step: int) -> list[Group]:
+        """The texts of a step, rated."""
+        del sampler  # the policy that is trained wrote none of them
+        chosen = self.order.batch(step)
+        self.drawn = [self._marked.get(number) or self.rollouts[number] for number in chosen]
+        if self.rewards:
+            self._rate(chosen)
+        return [[rollout] for rollout in self.drawn]
+
+    def _rate(self, chosen: Sequence[int]) -> None:
+        compared = any(one.takes == "pair" for one in self.rewards)
+        # Texts that come again keep their marks, unless a reward looks at what changes in the meantime.
+        again = compared or bool(remembering(self.rewards))
+        fresh = [rollout for number, rollout in zip(chosen, self.drawn, strict=True) if number not in self._marked]
+        some = list(self.drawn) if again else fresh
+        if not some:
+            return
+        if compared:
+            predict(some, self.policy, self.tokens_per_part)
+        replay_groups(self.rewards, some)
+        if not again:
+            self._marked |= dict(zip(chosen, self.drawn, strict=True))
+
+
+def predict(rollouts: Sequence[Rollout], policy: Policy, tokens_per_part: int) -> None:
+    """Puts what the policy finds likeliest at each target token, read as text, under each prompt's ``output``."""
+    numbered = [replace(rollout, group=number) for number, rollout in enumerate(rollouts)]
+    batch = collate(numbered, pad_id=policy.pad_id)
+    found = likeliest(policy, batch, tokens_per_part)[0]
+    decoder = TextDecoder(policy.tokenizer)
+    for row, rollout in enumerate(rollouts):
+        output = decoder.char_ends(found[row, batch.mask[row]].tolist())[0]
+        rollout.prompt = replace(rollout.prompt, info={**rollout.prompt.info, "output": output})
+
+
+def texts_to_fit(config: Config, rows: Sequence[Mapping[str, Any]], policy: Policy, rewards: Sequence[Reward]) -> Texts:
+    """The texts that a run imitates: a column of the data, or recorded ones.
+
+    Args:
+        rows: the data's; none where whole rollouts are given.
+    """
+    rollouts: Sequence[Rollout]
+    if config.data.rollouts is not None:
+        recorded = recorded_groups(config.data.rollouts)
+        check_recorded(recorded, policy, config.model.max_context)
+        rollouts = [rollout for group in recorded for rollout in group]
+    else:
+        rollouts = written(config.data, rows, policy, config.model.max_context)
+    order = ordered(rollouts, config.train.prompts_per_step, config.train.tokens_per_step, config.seed)
+    return Texts(rollouts, order, policy, rewards, config.train.tokens_per_part)
+
+
+def ordered(rollouts: Sequence[Rollout], texts: int, tokens: int | None, seed: int) -> TokenBatches | Prompts[int]:
+    """Which texts each step gets: so many, or where ``tokens`` is given, those of about so many tokens."""
+    if tokens is None:
+        return Prompts(range(len(rollouts)), texts, seed)
+    lengths = rollouts.lengths if isinstance(rollouts, Written) else [len(one.token_ids) for one in rollouts]
+    return TokenBatches(lengths, tokens, seed)
+
+
+def written(data: DataConfig, rows: Sequence[Mapping[str, Any]], policy: Policy, most: int | None = None) -> Written:
+    """The texts in the data's column ``completion``, each behind its prompt or the opening token."""
+    if data.completion is None:
+        raise UserError("data.completion: name the column with the texts to learn from")
+    room = min(policy.context, most or policy.context)
+    return Written(prompts_of(data, rows, policy, 0, most), data, policy, room)
+
+
+class HeldOutTexts:
+    """Texts that are never learned from, by which a policy is judged.
+
+    Args:
+        data: the config's ``evaluate.texts``.
+    """
+
+    def __init__(self, data: DataConfig, policy: Policy, most: int | None = None, tokens_per_part: int = 1280) -> None:
+        self.texts = written(data, assemble.load_prompt_rows(data), policy, most)
+        self.tokens_per_part = tokens_per_part
+
+    def measure(self, policy: Policy) -> dict[str, float]:
+        """How well a policy foresees them.
+
+        Returns:
+            ``nll`` in nats per target (the end token is one), ``perplexity``, ``bits_per_character`` (of all the
+            characters, the end tokens' bits included), ``accuracy`` (the share of targets that the policy finds
+            likeliest; where a text is one label, that of the labels).
+        """
+        total, right, count, characters = 0.0, 0, 0, 0
+        order = sorted(range(len(self.texts)), key=lambda number: self.texts.lengths[number])
+        for start in range(0, len(order), 64):
+            some = [replace(self.texts[number], group=number) for number in order[start : start + 64]]
+            batch: Batch = collate(some, pad_id=policy.pad_id)
+            guesses, logprobs = likeliest(policy, batch, self.tokens_per_part)
+            total -= float(logprobs[batch.mask].double().sum())
+            right += int((guesses == batch.token_ids)[batch.mask].sum())
+            count += batch.token_count
+            characters += sum(len(one.text) for one in some)
+        nll = total / count
+        return {
+            "nll": nll,
+            "perplexity": math.exp(min(nll, 700.0)),
+            "bits_per_character": total / math.log(2.0) / max(1, characters),
+            "accuracy": right / count,
+        }

@@ -1,0 +1,171 @@
+"""What follows a metric: the end of a run, the learning rate, and the way back to the best checkpoint."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import instant_reward as ir
+from instant_reward.config import Config, as_supervised
+from instant_reward.config_train import FollowConfig, StopWhen
+from instant_reward.screen import Screen
+from instant_reward.train import learn, prepare
+from instant_reward.types import UserError
+from instant_reward.watching import Course, better_of, ends, follow
+from tiny import tiny_folder
+
+TEXTS = ["the movie was good", "the movie was bad and slow", "a fine movie but long", "it was not good"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def factors(config: FollowConfig, values: list[float | None]) -> tuple[list[float], list[int]]:
+    """The factor after each step, and the steps that went back."""
+    course, found, back = Course(), [], []
+    for step, value in enumerate(values, start=1):
+        row = {} if value is None else {config.metric: value}
+        if follow(config, course, row, step):
+            back.append(step)
+        found.append(course.factor)
+    return found, back
+
+
+def test_the_rate_rises_with_each_best_value_and_is_cut_when_they_stay_away() -> None:
+    config = FollowConfig(metric="held_out/accuracy", up=2.0, down=0.25, patience=2, most=8.0, least=0.5)
+    found, back = factors(config, [1, 2, None, 3, 2, 2.5, 2.9, 2.9, 4, 5, 6, 7, 8, 9])
+    assert found == [1, 2, 2, 4, 4, 1, 1, 0.5, 1, 2, 4, 8, 8, 8]
+    assert back == []
+
+
+def test_lower_is_better_where_the_metric_is_an_error() -> None:
+    assert better_of(FollowConfig(metric="held_out/perplexity")) == "lower"
+    assert better_of(StopWhen(metric="nll", patience=1)) == "lower"
+    assert better_of(FollowConfig(metric="reward")) == "higher"
+    assert better_of(FollowConfig(metric="reward/nll_of_mine", better="lower")) == "lower"
+    config = FollowConfig(metric="nll", up=2.0, down=0.5, patience=1)
+    assert factors(config, [3, 2, 2.5, 1])[0] == [1, 2, 1, 2]
+
+
+def test_a_cut_returns_to_the_best_where_it_is_asked_to() -> None:
+    config = FollowConfig(metric="reward", patience=2, return_to_best=True, smoothing=0.5)
+    course = Course()
+    went = [follow(config, course, {"reward": value}, step) for step, value in enumerate([1.0, 3.0, 0.0, 0.0], start=1)]
+    assert went == [False, False, False, True]
+    assert (course.best, course.best_step, course.mean) == (2.0, 2, 2.0), "the smoothed value goes back, too"
+
+
+def test_a_target_counts_measurements_and_patience_counts_those_without_a_new_best() -> None:
+    def last(target: StopWhen, values: list[float | None]) -> int:
+        course = Course()
+        for step, value in enumerate(values, start=1):
+            if ends(target, course, {} if value is None else {target.metric: value}, step):
+                return step
+        return 0
+
+    between = [0.0, None, 2.0, None, 2.0, 0.0, 2.0, None, 2.0, None, 2.0, 2.0]
+    assert last(StopWhen(metric="held_out/x", above=1.0, for_steps=3), between) == 11
+    assert last(StopWhen(metric="clipped", above=1.0, for_steps=2), [2.0, None, 2.0, None, 2.0, 2.0]) == 6
+    assert last(StopWhen(metric="held_out/x", above=1.0, below=1.5), [2.0, 0.0, 1.2]) == 3
+    assert last(StopWhen(metric="held_out/x", patience=2), [1.0, 2.0, 2.0, None, 1.0, 3.0]) == 5
+    assert last(StopWhen(metric="nll", patience=2), [3.0, 2.0, 1.0, 1.5, 1.2, 0.0]) == 5
+    assert last(StopWhen(metric="held_out/x", patience=9, above=5.0), [1.0, 6.0]) == 2
+    with pytest.raises(UserError, match=r"train\.stop_when\.metric: there is no metric 'nope'; use one of a, clipped"):
+        ends(StopWhen(metric="nope", above=1.0), Course(), {"a": 1.0}, 1)
+    with pytest.raises(UserError, match=r"train\.follow\.metric: there is no metric 'reward'"):
+        follow(FollowConfig(), Course(), {"nll": 1.0}, 1)
+
+
+def test_for_is_for_steps() -> None:
+    target = StopWhen.model_validate({"metric": "held_out/accuracy", "above": 0.9, "for": 3})
+    assert target.for_steps == 3
+    assert StopWhen.model_validate(target.model_dump()) == target
+
+
+def config(model: Path, out: Path, follow: dict[str, Any], **train: Any) -> Config:
+    values = {
+        "model": {"name": str(model), "dtype": "float32"},
+        "data": {"prompts": [{"text": text} for text in TEXTS]},
+        "train": {"steps": 12, "learning_rate": 1e-3, "keep": 1, "schedule": "follow", "follow": follow, **train},
+        "evaluate": {"texts": {"prompts": [{"text": "the movie was slow"}]}, "every": 1},
+        "out": str(out),
+    }
+    return Config.build(as_supervised(values))
+
+
+FALLS = {"metric": "held_out/perplexity", "up": 3.0, "down": 0.1, "patience": 2, "return_to_best": True, "most": 100.0}
+
+
+def test_a_run_raises_its_rate_returns_and_cuts(model: Path, tmp_path: Path) -> None:
+    """The rate in the metrics is the base rate times the factor; after a return the held-out value is the best one."""
+    run = ir.fit(config(model, tmp_path / "run", FALLS))
+    rates = [row["learning_rate"] for row in run.metrics]
+    values = [row["held_out/perplexity"] for row in run.metrics]
+    assert rates[0] == rates[1] == pytest.approx(1e-3)
+    assert max(rates) > 2e-3
+    back = [row for row in run.metrics if "returned_to" in row]
+    assert back, "such a rate overshoots"
+    step, best = back[0]["step"], int(back[0]["returned_to"])
+    assert values[best - 1] == min(values[:step])
+    assert rates[step] == pytest.approx(0.1 * rates[step - 1])
+    assert run.checkpoint(int(back[-1]["returned_to"])) is not None, "the best one is kept beyond keep"
+
+
+def test_a_return_takes_weights_and_moments_back_and_leaves_the_schedule(model: Path, tmp_path: Path) -> None:
+    job = prepare(config(model, tmp_path / "run", FALLS, steps=3))
+    with Screen(3) as screen:
+        learn(job, screen)
+    assert job.policy.stepper is not None
+    checkpoint = job.run.latest_checkpoint()
+    assert checkpoint is not None
+    moments = [one.clone() for state in job.policy.stepper.optimizer.state.values() for one in state.values()]
+    job.policy.stepper.done = 7
+    for parameter in job.policy.model.parameters():
+        parameter.data.add_(1.0)
+    job.policy.load_best(checkpoint)
+    stored = load_file(checkpoint / "policy" / "model.safetensors")
+    assert all(bool((one == stored[name]).all()) for name, one in job.policy.model.named_parameters())
+    now = [one for state in job.policy.stepper.optimizer.state.values() for one in state.values()]
+    assert all(bool((one == other).all()) for one, other in zip(now, moments, strict=True))
+    assert job.policy.stepper.done == 7
+
+
+@pytest.mark.parametrize("at", [3, 6, 9])
+def test_a_resumed_run_follows_as_the_unbroken_one(model: Path, tmp_path: Path, at: int) -> None:
+    unbroken = ir.fit(config(model, tmp_path / "unbroken", FALLS))
+    broken = config(model, tmp_path / "broken", FALLS, save_every=1)
+    job = prepare(broken)
+
+    def killed(policy: ir.Policy, step: int) -> dict[str, float]:
+        if step == at:
+            raise InterruptedError
+        return {}
+
+    with Screen(12) as screen, pytest.raises(InterruptedError):
+        learn(job, screen, killed)
+    resumed = ir.fit(broken, resume=True)
+    for one, other in zip(resumed.metrics, unbroken.metrics, strict=True):
+        assert one["learning_rate"] == other["learning_rate"]
+        assert one["held_out/perplexity"] == other["held_out/perplexity"]
+
+
+def test_it_follows_a_reward_too(model: Path, tmp_path: Path) -> None:
+    values = {
+        "model": {"name": str(model), "dtype": "float32"},
+        "data": {"prompts": ["the movie", "it was"]},
+        "sampling": {"max_new_tokens": 6},
+        "train": {
+            "steps": 8, "prompts_per_step": 2, "group_size": 4, "learning_rate": 3e-3, "schedule": "follow",
+            "follow": {"metric": "reward", "smoothing": 0.5, "up": 1.5, "patience": 2, "return_to_best": True},
+        },
+        "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    run = ir.train(Config.build(values), rewards=[lambda text: text.count("o") / 6])
+    assert len({row["learning_rate"] for row in run.metrics}) > 1
+    assert all(math.isfinite(row["reward"]) for row in run.metrics)
