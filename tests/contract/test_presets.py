@@ -46,6 +46,7 @@ CASES: list[dict[str, Any]] = [
     {"name": "raft", "timing": "ignore"},
     {"name": "ilql", "critic": {"model": "head"}},
     {"name": "distill", "teacher": {"sees": "{prompt} good", "whole": True}},
+    {"name": "likelihood", "by_error": "harder"},
 ]
 OWN = {
     "lstm": ("recurrent", {}),
@@ -72,7 +73,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("algorithm", CASES, ids=lambda case: f"{case['name']}-{len(str(case))}")
 def test_it_trains(algorithm: dict[str, Any], model: Path, tmp_path: Path) -> None:
     """What is measured is finite, the sampler agrees with the trainer, and the weights that should move do."""
-    given = {"completion": "text"} if algorithm["name"] == "ilql" else {}
+    given = {"completion": "text"} if algorithm["name"] in ("ilql", "likelihood") else {}
     guided = {"guide": 0.5} if algorithm["name"] == "ilql" else {}
     config = ir.Config.build(
         {

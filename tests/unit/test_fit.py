@@ -268,8 +268,8 @@ pair.name = "pair"  # type: ignore[attr-defined]
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": ""}, "has no text in its column 'text'"),
-        ({"text": float("nan")}, "has no text in its column 'text'"),
+        ({"text": ""}, "prompt 1 has an empty text in the column 'text'"),
+        ({"text": float("nan")}, "prompt 1.*'text'"),
         ({"other": "a"}, "column"),
         ({"text": "the movie " * 100}, "tokens, and the model reads 128"),
     ],
