@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from instant_reward.assemble import load_parts, load_prompt_rows
 from instant_reward.config import Config, DataConfig
@@ -339,3 +341,11 @@ def test_texts_are_found_in_rows_of_texts_and_messages() -> None:
     assert Counter(texts_in(rows, ["b"])) == Counter(["c", ""])
     with pytest.raises(UserError, match="prompt 0 has no text in the column 'n'"):
         list(texts_in(load_rows([{"prompt": "a", "n": 3}]), ["n"]))
+
+
+def test_the_pages_examples_are_configs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert len(examples) == 3
+    for example in examples:
+        Config.build({"data": {"prompts": ["a"]}, **yaml.safe_load(example)})

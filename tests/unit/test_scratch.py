@@ -171,6 +171,30 @@ def test_a_run_from_scratch_is_saved_loaded_and_resumed(tmp_path: Path) -> None:
     assert not torch.equal(trained, start.get_output_embeddings().weight)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "recurrent", "cell": "gru", "hidden_size": 16, "num_hidden_layers": 1},
+        {"model_type": "transformer", **SMALL},
+    ],
+    ids=lambda config: str(config["model_type"]),
+)
+def test_the_librarys_own_models_begin_anew_too(config: dict[str, Any], tmp_path: Path) -> None:
+    model = {"scratch": {"config": config, "tokenizer": {"kind": "wordpiece", "minimum": 1}}}
+    data = {"prompts": TEXTS[:4], "split": {"train": 0.5, "test": 0.5}}
+    held_out = {"prompts": {**data, "part": "test"}}
+    whole = ir.train(run_config(tmp_path / "run", model=model, data=data, evaluate=held_out), rewards=[length])
+    policy, _ = load_run_policy(tmp_path / "run")
+    for name, weight in whole.policy.model.state_dict().items():
+        assert torch.equal(weight, policy.model.state_dict()[name]), name
+    with pytest.raises(
+        ir.UserError, match=rf"config\.hiden_size: the config of {config['model_type']} has no such key"
+    ):
+        build_model(scratch({**config, "hiden_size": 3}), TEXTS)
+    with pytest.raises(ir.UserError, match=r"config\.others: .* no such key"):
+        build_model(scratch({**config, "others": 3}), TEXTS)
+
+
 def test_a_resumed_run_keeps_its_tokenizer_whatever_became_of_the_data(tmp_path: Path) -> None:
     file = tmp_path / "texts.txt"
     file.write_text("\n".join(TEXTS), encoding="utf-8")

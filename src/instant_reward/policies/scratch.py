@@ -127,9 +127,10 @@ def _config(given: dict[str, Any], tokenizer: Any, kind: ModelKind, labels: Sequ
 
 
 def _check_keys(values: dict[str, Any], default: Any, model_type: str) -> None:
-    own = {*vars(default), *default.attribute_map, *inspect.signature(type(default).__init__).parameters}
+    named = inspect.signature(type(default)).parameters.values()
+    own = {*vars(default), *default.attribute_map, *(one.name for one in named if one.kind is not one.VAR_KEYWORD)}
     filled = {*SIZES, *(f"{name}_token_id" for name in IDS)}
-    known = sorted(key for key in own - filled - {"self", "kwargs"} if not key.startswith("_"))
+    known = sorted(key for key in own - filled if not key.startswith("_"))
     for key in values:
         if key in filled:
             raise UserError(f"{WHERE}.{key}: the tokenizer says what it is: leave it out.")
