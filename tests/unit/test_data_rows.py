@@ -83,6 +83,9 @@ def test_a_row_that_spans_lines_is_named_by_its_first(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", "prompt,n", '"two', 'lines",1', "", "a,1,2")
     with pytest.raises(UserError, match=r"a\.csv, line 5 has 3 cells, not the 2 columns"):
         load_rows(path)
+    path = write_csv(tmp_path / "d.csv", "prompt,n", '"a', 'row",of,three', "b,1")
+    with pytest.raises(UserError, match=r"d\.csv, line 2 has 3 cells"):
+        load_rows(path)
     path = write_csv(tmp_path / "b.csv", "prompt,n", "a,1", '"never closed,1', "b,1", "c,1")
     with pytest.raises(UserError, match=r"b\.csv, line 3 is no valid CSV"):
         load_rows(path)

@@ -64,6 +64,14 @@ def test_the_kinds_cut_as_their_names_say() -> None:
     assert pieces("bpe", "The film was") == ["The", " film", " was"]
 
 
+def test_a_small_word_piece_vocabulary_keeps_every_character() -> None:
+    """However common longer pieces are: without the characters whole words would be unknown."""
+    texts = ["zebra quix", "the the the the the the the the"] * 2
+    tokenizer = train_tokenizer(texts, "wordpiece", 28)
+    assert len(tokenizer) == 28
+    assert decoded(tokenizer, "zebra quix the") == "zebra quix the"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_lower_case(kind: Any) -> None:
     assert decoded(train_tokenizer(TEXTS, kind, 600, lower=True), "The FILM was 很好") == "the film was 很好"
@@ -71,8 +79,8 @@ def test_lower_case(kind: Any) -> None:
 
 def test_stop_words_are_left_out_where_they_stand_alone() -> None:
     options: dict[str, Any] = {"stop_words": ["the", "and", "的", "不好"]}
-    tokenizer = train_tokenizer([*TEXTS, "an other andes", "an other andes"], "word", 600, **options)
-    assert decoded(tokenizer, "The film, and the other andes") == " film, other andes"
+    tokenizer = train_tokenizer([*TEXTS, *["an other andes sand"] * 2], "word", 600, **options)
+    assert decoded(tokenizer, "The film, and the other andes sand") == " film, other andes sand"
     assert decoded(tokenizer, "第一部的电影不好看") == "第一部电影看"
     with pytest.raises(UserError, match="stop_words are left out by kind word alone, not by bpe"):
         train_tokenizer(TEXTS, "bpe", 600, **options)
