@@ -137,11 +137,7 @@ def split(rows: Sequence[Item], fractions: Mapping[str, float], seed: int = 0) -
     Raises:
         UserError: a fraction is not above 0, they add up to more than 1, or a part would have no row.
     """
-    total = sum(fractions.values())
-    if not fractions or min(fractions.values()) <= 0 or total > 1 + 1e-9:
-        raise UserError(
-            f"split: the fractions {dict(fractions)} must be above 0 and add up to 1 or less: correct them."
-        )
+    _check_fractions(fractions)
     order = list(range(len(rows)))
     random.Random(f"{seed}/split").shuffle(order)
     parts: dict[str, list[Item]] = {}
@@ -156,6 +152,27 @@ def split(rows: Sequence[Item], fractions: Mapping[str, float], seed: int = 0) -
     return parts
 
 
+def _check_fractions(fractions: Mapping[str, float]) -> None:
+    if not fractions or min(fractions.values()) <= 0 or sum(fractions.values()) > 1 + 1e-9:
+        raise UserError(
+            f"split: the fractions {dict(fractions)} must be above 0 and add up to 1 or less: correct them."
+        )
+
+
+def part_of(number: int, fractions: Mapping[str, float], seed: int = 0) -> str | None:
+    """The part that the row of this number falls in, drawn by number and seed alone; None where none reaches it.
+
+    For rows whose count nobody knows yet: the parts have their fractions on average, where ``split`` has them exactly.
+    """
+    digest = hashlib.blake2b(f"{seed}/part/{number}".encode(), digest_size=8).digest()
+    place, reached = int.from_bytes(digest, "big") / 2**64, 0.0
+    for name, fraction in fractions.items():
+        reached += fraction
+        if place < reached:
+            return name
+    return None
+
+
 def stream_rows(
     path: str | Path,
     buffer: int = 10_000,
@@ -166,6 +183,9 @@ def stream_rows(
     needed: Sequence[str] = (),
     encoding: str = "utf-8",
     unique: str | None = None,
+    fractions: Mapping[str, float] | None = None,
+    part: str = "train",
+    split_seed: int = 0,
 ) -> Iterator[Row]:
     """The rows of a file once, in a shuffled order, with at most ``buffer`` of them in memory.
 
@@ -175,6 +195,8 @@ def stream_rows(
     Args:
         seed: the same seed gives the same order; another epoch wants another one.
         unique: leaves out rows whose value in this column came before, for 16 bytes of memory a value.
+        fractions: takes the rows of one ``part`` alone, drawn by ``split_seed`` and the row's number; sizes are the
+            fractions on average.
 
     Raises:
         UserError: the file cannot be read piece by piece (a JSON list), or as ``load_rows`` says.
@@ -187,6 +209,11 @@ def stream_rows(
     rows: Iterator[Row] = as_rows(read_items(file, encoding), column, columns, needed)
     if unique is not None:
         rows = unique_rows(rows, unique)
+    if fractions is not None:
+        _check_fractions(fractions)
+        if part not in fractions:
+            raise UserError(f"stream_rows: there is no part {part!r} among {', '.join(fractions)}: name one of them.")
+        rows = (row for number, row in enumerate(rows) if part_of(number, fractions, split_seed) == part)
     drawn, held = random.Random(f"{seed}/stream"), list[Row]()
     for row in rows:
         if len(held) < buffer:

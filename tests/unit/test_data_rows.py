@@ -294,6 +294,25 @@ def test_the_stream_keeps_no_more_than_its_buffer_in_memory(tmp_path: Path) -> N
     assert peak < size / 10, f"{peak} bytes for a file of {size}"
 
 
+def test_parts_of_a_stream_share_no_row(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "a.csv", "prompt", *map(str, range(2000)))
+
+    def taken(part: str, **options: Any) -> list[int]:
+        options = {"fractions": {"train": 0.7, "test": 0.2}, **options}
+        return [int(row["prompt"]) for row in stream_rows(path, 50, part=part, **options)]
+
+    train, test = taken("train"), taken("test")
+    assert not set(train) & set(test)
+    assert 1350 < len(train) < 1450
+    assert 350 < len(test) < 450
+    assert set(taken("test", seed=5)) == set(test), "another epoch has the same part"
+    assert set(taken("test", split_seed=1)) != set(test)
+    with pytest.raises(UserError, match="there is no part 'validation' among train, test"):
+        taken("validation")
+    with pytest.raises(UserError, match="add up to 1 or less"):
+        taken("train", fractions={"train": 2.0})
+
+
 def test_what_cannot_be_streamed_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(UserError, match=r"a\.json is one JSON list, which is read whole: write it as \.jsonl"):

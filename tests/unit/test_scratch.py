@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
 
 import instant_reward as ir
+from instant_reward.cli import main
 from instant_reward.config import Config
 from instant_reward.config_scratch import ScratchConfig
 from instant_reward.policies.scratch import CLASSES, build_model
@@ -80,9 +83,10 @@ def test_the_kinds_of_models() -> None:
     model, tokenizer = build_model(scratch(BERT), TEXTS, "masked")
     assert type(model).__name__ == "BertForMaskedLM"
     assert tokenizer.mask_token_id is not None
-    distilled = {"model_type": "distilbert", "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16}
-    model, tokenizer = build_model(scratch(distilled), TEXTS, "classification", ["a", "b"])
-    assert model(**tokenizer("the movie", return_tensors="pt")).logits.shape == (1, 2), "it knows no types of tokens"
+    roberta = {"model_type": "roberta", "type_vocab_size": 1, "intermediate_size": 16, **SMALL}
+    model, tokenizer = build_model(scratch(roberta), TEXTS, "classification", ["a", "b"])
+    pair = tokenizer("the movie", " was good", return_tensors="pt")
+    assert model(**pair).logits.shape == (1, 2), "it knows no types of tokens"
 
 
 def test_a_tokenizer_from_a_folder(tmp_path: Path) -> None:
@@ -193,6 +197,30 @@ def test_the_librarys_own_models_begin_anew_too(config: dict[str, Any], tmp_path
         build_model(scratch({**config, "hiden_size": 3}), TEXTS)
     with pytest.raises(ir.UserError, match=r"config\.others: .* no such key"):
         build_model(scratch({**config, "others": 3}), TEXTS)
+
+
+def test_the_command_judges_it_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Held-out figures before training are those of the weights as they were drawn."""
+    file = tmp_path / "reviews.csv"
+    file.write_text("review,n\n" + "".join(f'"{text}",{n}\n' for n, text in enumerate(TEXTS[:4] * 3)), encoding="utf-8")
+    data = {"path": str(file), "columns": {"prompt": "review"}, "split": {"train": 0.5, "test": 0.5}}
+    (tmp_path / "rules.py").write_text("def length(text):\n    return float(len(text))\n")
+    values = run_config(tmp_path / "run").model_dump(mode="json")
+    values |= {
+        "data": data,
+        "rewards": [f"{tmp_path}/rules.py:length"],
+        "evaluate": {"prompts": {**data, "part": "test"}},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    assert main(["train", str(tmp_path / "run.yaml"), "train.steps=2"]) == 0
+    assert "reference perplexity" in capsys.readouterr().out
+    before, after = (
+        json.loads((tmp_path / "run" / "held_out" / f"{name}.json").read_text()) for name in ("before", "after")
+    )
+    assert len(before["rollouts"]) == 6
+    assert before["rollouts"] != after["rollouts"]
+    assert main(["train", "--resume", str(tmp_path / "run"), "train.steps=3"]) == 0
+    assert main(["sample", str(tmp_path / "run"), "the movie", "--max-new-tokens", "4"]) == 0
 
 
 def test_a_resumed_run_keeps_its_tokenizer_whatever_became_of_the_data(tmp_path: Path) -> None:
