@@ -65,14 +65,16 @@ def of_steering(out: Path) -> dict[str, Any]:
 def table(record: dict[str, Any]) -> str:
     """The figures as Markdown: the mean over seeds and, in brackets, the least and the most."""
     seeds = len(next(iter(record["runs"].values())))
+    about = (
+        f"Written by `python benchmarks/language_models.py`: {seeds} seeds, mean (least to most); "
+        f"torch {record['versions'].get('torch')}, {record['versions'].get('platform')}."
+    )
     lines = [
         "# Language models of the library's own, on film reviews",
         "",
-        f"Written by `python benchmarks/language_models.py`: {seeds} seeds, mean (least to most); "
-        f"torch {record['versions'].get('torch')}, {record['versions'].get('platform')}.",
+        about,
         "",
-        "| model | held-out perplexity | steering: sentiment | VADER (not trained on) | distinct-2 | perplexity "
-        "under the model before |",
+        "| model | held-out perplexity | steered: sentiment | VADER (not trained on) | distinct-2 | reference perplexity |",
         "|---|---|---|---|---|---|",
     ]
     for model, runs in record["runs"].items():

@@ -11,7 +11,7 @@ import torch
 
 import instant_reward as ir
 from instant_reward.presets import PRESETS
-from tiny import tiny_folder, tiny_own
+from tiny import tiny_folder, tiny_llama, tiny_own
 
 torch.set_num_threads(1)
 PROMPTS = [
@@ -93,3 +93,27 @@ def test_it_trains(algorithm: dict[str, Any], model: Path, tmp_path: Path) -> No
     moved = [not torch.equal(before[name], weight) for name, weight in run.policy.model.state_dict().items()]
     assert any(moved) == (algorithm["name"] != "value")
     assert run.policy.sample(["it was"], max_new_tokens=3, **guided)[0].text
+
+
+@pytest.mark.parametrize("beside", ["llama", "lstm"])
+def test_critics_and_teachers_of_another_kind(beside: str, tmp_path: Path) -> None:
+    """An LSTM's critic and teacher are a Llama, a Transformer's are an LSTM: only the tokens must be the same."""
+    own = {"llama": "recurrent", "lstm": "transformer"}[beside]
+    other = tiny_llama(dtype=torch.float32) if beside == "llama" else tiny_own("recurrent", dtype=torch.float32)
+    model = tiny_folder(tmp_path / "model", tiny_own(own, dtype=torch.float32, hidden_size=24, num_attention_heads=4))
+    folder = tiny_folder(tmp_path / "other", other)
+    algorithm = {"name": "ppo", "critic": {"model": str(folder)}, "teacher": {"model": str(folder), "whole": True}}
+    config = ir.Config.build(
+        {
+            "model": {"name": str(model), "dtype": "float32"},
+            "data": {"prompts": PROMPTS},
+            "algorithm": algorithm,
+            "sampling": {"max_new_tokens": 5},
+            "train": {"steps": 2, "prompts_per_step": 2, "group_size": 3, "learning_rate": 1e-2, "threads": 1},
+            "out": str(tmp_path / "run"),
+        }
+    )
+    run = ir.train(config, rewards=[vowels])
+    assert all(math.isfinite(value) for row in run.metrics for value in row.values())
+    assert run.metrics[-1]["critic_grad_norm"] > 0
+    assert run.policy.critic.base.config.model_type == {"llama": "llama", "lstm": "recurrent"}[beside]
