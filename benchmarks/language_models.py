@@ -74,7 +74,7 @@ def table(record: dict[str, Any]) -> str:
         "",
         about,
         "",
-        "| model | held-out perplexity | steered: sentiment | VADER (not trained on) | distinct-2 | reference perplexity |",
+        "| model | held-out perplexity | steered: sentiment | VADER (held out) | distinct-2 | reference perplexity |",
         "|---|---|---|---|---|---|",
     ]
     for model, runs in record["runs"].items():

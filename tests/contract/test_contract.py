@@ -19,6 +19,7 @@ from exact.world import chance
 from instant_reward import algorithms
 from instant_reward.batch import Batch, collate
 from instant_reward.config import AlgorithmConfig
+from instant_reward.losses import policy_gradient
 from instant_reward.policies.policy import Policy
 
 torch.set_num_threads(1)
@@ -206,6 +207,28 @@ def test_the_step_is_the_exact_gradient(kind: Kind) -> None:
     for one, other in zip(found, wanted, strict=True):
         assert (one is None) == (other is None)
         assert one is None or other is None or torch.allclose(one, other, atol=1e-10, rtol=0)
+
+
+@every_kind
+def test_any_split_takes_the_same_step(kind: Kind) -> None:
+    """The gradient of a batch is the sum of its parts', siblings together or apart."""
+    policy = kind.policy(torch.float64)
+    bare = batch_of(policy, sampled(kind, policy))
+    generator = torch.Generator().manual_seed(0)
+    batch = replace(bare, advantages=torch.randn(bare.mask.shape, generator=generator, dtype=torch.float64))
+    weights = list(policy.model.parameters())
+
+    def gradient(parts: list[Batch]) -> Tensor:
+        losses = [policy_gradient(policy(part).logprobs, part).loss for part in parts]
+        found = torch.autograd.grad(torch.stack(losses).sum(), weights, allow_unused=True)
+        return torch.cat([one.flatten() for one in found if one is not None])
+
+    whole = gradient([batch])
+    rows = list(range(len(batch)))
+    for parts in ([rows[::2], rows[1::2]], [rows[:1], rows[1:4], rows[4:]], [[row] for row in rows]):
+        found = gradient([batch.select(part) for part in parts])
+        assert torch.allclose(found, whole, atol=1e-10, rtol=1e-9)
+    assert not torch.allclose(gradient([batch.select(rows[1:])]), whole, atol=1e-6)
 
 
 @every_kind
