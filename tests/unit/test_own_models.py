@@ -102,7 +102,7 @@ def test_dropout_is_for_supervised_training_alone(kind: str, shape: dict[str, An
     """A policy runs without; in training mode its readings differ, and the gradient is that of what was read."""
     policy = tiny_policy(tiny_own(kind, dropout=0.3, **shape))
     batch = collate(policy.sample(["it was", "a"], per_prompt=3, max_new_tokens=6), pad_id=policy.pad_id)
-    assert float((policy(batch).logprobs - batch.old_logprobs).abs()[batch.mask].max()) < 1e-6
+    assert float((policy(batch).logprobs - batch.old_logprobs).abs()[batch.mask].detach().max()) < 1e-6
     policy.model.train()
     readings = []
     for seed in (0, 0, 1):
@@ -159,7 +159,7 @@ def test_long_texts_have_no_limit_in_a_recurrent_model() -> None:
     rollout = policy.sample(["it was"], max_new_tokens=300, min_new_tokens=300)[0]
     assert sum(rollout.mask) == 300
     batch = collate([rollout], pad_id=policy.pad_id, dtype=torch.float64)
-    assert float((policy(batch).logprobs - batch.old_logprobs).abs().max()) < 1e-10
+    assert worst(policy(batch).logprobs, batch.old_logprobs) < 1e-10
     with pytest.raises(UserError, match="only 0 fit"):
         tiny_policy(tiny_own("transformer")).sample(["it was"], max_new_tokens=300)
 
@@ -171,7 +171,7 @@ def test_bfloat16_products_are_near(cell: str) -> None:
     half, full = tiny_policy(model, torch.bfloat16), tiny_policy(model, torch.float32)
     batch = collate(half.sample(["it was", "a"], per_prompt=8, max_new_tokens=12), pad_id=half.pad_id)
     found, wanted = half(batch).logprobs, full(batch).logprobs
-    assert float((found - batch.old_logprobs).abs().max()) < 1e-3
+    assert worst(found, batch.old_logprobs) < 1e-3
     assert 1e-4 < worst(found, wanted) < 0.5
     gradients = [
         torch.cat([one.flatten() for one in torch.autograd.grad(said.sum(), list(model.parameters()))])
@@ -219,7 +219,7 @@ def test_a_transformer_takes_an_adapter(tmp_path: Path) -> None:
     targets = ["qkv", "out", "up", "down"]
     policy = ir.load_policy(str(folder), lora={"rank": 4, "targets": targets})
     batch = collate(policy.sample(["it was"], per_prompt=3, max_new_tokens=5), pad_id=policy.pad_id)
-    assert float((policy(batch).logprobs - batch.old_logprobs).abs().max()) < 1e-4
+    assert worst(policy(batch).logprobs, batch.old_logprobs) < 1e-4
     policy.save(tmp_path / "merged")
     assert worst(ir.load_policy(str(tmp_path / "merged"))(batch).logprobs, policy(batch).logprobs) < 1e-5
     assert len(shared_tokenizer()) == policy.actions
