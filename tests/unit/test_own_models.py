@@ -14,6 +14,7 @@ import instant_reward as ir
 from instant_reward.batch import collate
 from instant_reward.policies.load import with_lora
 from instant_reward.policies.recurrence import PARTS, Recurrence, Steps
+from instant_reward.sampling.decoder import ModelDecoder, TrunkDecoder, decoder_of
 from instant_reward.types import UserError
 from tiny import shared_tokenizer, tiny_folder, tiny_own, tiny_policy
 
@@ -218,8 +219,16 @@ def test_a_transformer_takes_an_adapter(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model", tiny_own("transformer", dtype=torch.float32))
     targets = ["qkv", "out", "up", "down"]
     policy = ir.load_policy(str(folder), lora={"rank": 4, "targets": targets})
+    plain = ir.load_policy(str(folder))
+    kinds = [type(decoder_of(one.model, torch.float32)) for one in (plain, policy)]
+    assert kinds == [TrunkDecoder, ModelDecoder], "only plain layers are computed by the library's own functions"
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.1)
     batch = collate(policy.sample(["it was"], per_prompt=3, max_new_tokens=5), pad_id=policy.pad_id)
     assert worst(policy(batch).logprobs, batch.old_logprobs) < 1e-4
+    assert worst(policy(batch).logprobs, plain(batch).logprobs) > 1e-2
     policy.save(tmp_path / "merged")
-    assert worst(ir.load_policy(str(tmp_path / "merged"))(batch).logprobs, policy(batch).logprobs) < 1e-5
+    assert worst(ir.load_policy(str(tmp_path / "merged"))(batch).logprobs, policy(batch).logprobs) < 1e-4
     assert len(shared_tokenizer()) == policy.actions

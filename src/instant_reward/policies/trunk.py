@@ -1,8 +1,8 @@
 """The layers of a decoder-only model as plain functions of packed tokens, for training and for decoding alike.
 
-Models shaped like Llama (Mistral, Qwen2, Qwen3, SmolLM2) and like GPT-2 are computed here; the weights stay in the
-transformers model, which loads and saves them. What computes otherwise goes through the model's own forward pass
-(``states``): ``trunk_of`` compares the two on a probe, and says which.
+Models shaped like Llama (Mistral, Qwen2, Qwen3, SmolLM2) and like GPT-2, and the library's own Transformer, are
+computed here; the weights stay in the transformers model, which loads and saves them. What computes otherwise goes
+through the model's own forward pass (``states``): ``trunk_of`` compares the two on a probe, and says which.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from instant_reward.policies.kernels import Attention, Linear, Rows, gated, root
 Attend = Callable[[int, Tensor, Tensor | None, Tensor | None], Tensor]
 Product = Callable[[Tensor], Tensor]  # x [T, I] -> what some layers make of it, one behind the other, [T, O]
 LLAMA_SHAPED = ("llama", "mistral", "qwen2", "qwen3")
+OWN_LAYERS = (".qkv", ".out", ".up", ".down")  # of the library's own Transformer
 PROBE = 5
 
 
@@ -124,6 +125,28 @@ class Gpt2Shaped(Trunk):
         return states
 
 
+class TransformerShaped(Trunk):
+    """The library's own Transformer (``transformer``)."""
+
+    def __init__(self, base: Any, products: Products) -> None:
+        super().__init__(base, products)
+        self.inputs = [products.of([block.qkv]) for block in base.blocks]
+        self.outputs = [products.of([block.out]) for block in base.blocks]
+        self.opening = [products.of([block.up]) for block in base.blocks]
+        self.closing = [products.of([block.down]) for block in base.blocks]
+
+    def __call__(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """See ``Trunk``."""
+        x = _embedded(self.base.tokens, ids) + _embedded(self.base.positions, positions)
+        for number, block in enumerate(self.base.blocks):
+            qkv = self.inputs[number](block.norm_1(x).to(self.norm_dtype)).view(len(x), 3 * self.heads, -1)
+            x = x + self.outputs[number](attend(number, qkv, None, None).reshape(len(x), -1))
+            inner = functional.gelu(self.opening[number](block.norm_2(x).to(self.norm_dtype)))
+            x = x + self.closing[number](inner)
+        states: Tensor = self.base.norm(x).to(self.norm_dtype)
+        return states
+
+
 def _embedded(table: Any, ids: Tensor) -> Tensor:
     return functional.embedding(ids, table.weight, table.padding_idx)
 
@@ -191,7 +214,8 @@ class _Shadow:
 def shape_of(base: Any) -> type[Trunk] | None:
     """The shape of a model, found out on a probe, or None for one that does not compute as those here do."""
     kind = base.config.model_type
-    shape = LlamaShaped if kind in LLAMA_SHAPED else Gpt2Shaped if kind == "gpt2" else None
+    others: dict[str, type[Trunk]] = {"gpt2": Gpt2Shaped, "transformer": TransformerShaped}
+    shape = LlamaShaped if kind in LLAMA_SHAPED else others.get(kind)
     if shape is None or not _plain(base):
         return None
     return shape if _same(base, shape(base, Trained(next(base.parameters()).dtype))) else None
@@ -210,7 +234,7 @@ def is_linear(module: Any) -> bool:
 
 def _plain(base: Any) -> bool:
     """Whether the layers are the library's own (no adapter), every token looks at all before it, and all is kept."""
-    layers = [one for name, one in base.named_modules() if name.endswith(("proj", "c_fc", "c_attn"))]
+    layers = [one for name, one in base.named_modules() if name.endswith(("proj", "c_fc", "c_attn", *OWN_LAYERS))]
     linear = all(is_linear(one) for one in layers)
     config = base.config
     slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
