@@ -116,13 +116,15 @@ class Batch:
     def shares(self, tokens_per_part: int) -> Iterator[list[int]]:
         """Row numbers: rows of like length together, siblings side by side, about so many tokens each, evenly.
 
-        A group's prompt counts once in a share: siblings have it in common.
+        A group's prompt counts once in a share, what is read besides the flat sequence included: siblings have it in
+        common.
         """
         longest_of: dict[int, int] = {}
-        for group, length in zip(self.group.tolist(), self.length.tolist(), strict=True):
-            longest_of[group] = max(longest_of.get(group, 0), length)
+        besides = [0] * len(self) if self.contexts is None else [_numbers(context) for context in self.contexts]
+        for group, length, more in zip(self.group.tolist(), self.length.tolist(), besides, strict=True):
+            longest_of[group] = max(longest_of.get(group, 0), length + more)
         order = sorted(range(len(self)), key=lambda row: (longest_of[int(self.group[row])], int(self.group[row]), row))
-        prompts = {int(self.group[row]): int(self.prompt_length[row]) for row in order}
+        prompts = {int(self.group[row]): int(self.prompt_length[row]) + besides[row] for row in order}
         total = sum(prompts.values()) + int((self.length - self.prompt_length).sum())
         even = total / max(1, -(-total // tokens_per_part))
         share: list[int] = []
@@ -140,6 +142,11 @@ class Batch:
             used += more
         if share:
             yield share
+
+
+def _numbers(context: Any) -> int:
+    """How many numbers a context holds."""
+    return sum(map(_numbers, context)) if isinstance(context, list) else 1
 
 
 class Learner(Protocol):

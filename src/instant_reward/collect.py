@@ -23,7 +23,7 @@ from instant_reward.rewards.base import Reward
 from instant_reward.rewards.scope import remembering, replay_groups
 from instant_reward.rewards.watch import Watch
 from instant_reward.sampling.sampler import Sampler, in_order
-from instant_reward.text import TextDecoder
+from instant_reward.text import Decoder, TextStream
 from instant_reward.types import Prompt, Rollout, UserError
 
 Group = list[Rollout]
@@ -328,14 +328,14 @@ def check_recorded(
     texts = [rollout for group in groups for rollout in group]
     room = min(policy.context, max_context or policy.context)
     size = policy.actions
-    decoder = TextDecoder(policy.tokenizer)
+    decoder = policy.decoder()
     for number, rollout in enumerate(texts):
         where = f"data.rollouts: the text {rollout.id}"
         if len(rollout.token_ids) > room:
             raise UserError(f"{where} has {len(rollout.token_ids)} tokens, and the model reads {room}; leave it out")
         foreign = max(rollout.token_ids) >= size
         if number < 8 and not foreign and all(rollout.mask[rollout.start :]):
-            foreign = decoder.char_ends(rollout.token_ids[rollout.start :])[0] != rollout.text
+            foreign = _spelt(decoder.stream(rollout.prompt), rollout.token_ids[rollout.start :]) != rollout.text
         if foreign:
             raise UserError(f"{where} is of another tokenizer than the model's; use that model, or other texts")
         if not any(rollout.mask):
@@ -354,6 +354,10 @@ def check_recorded(
         )
 
 
+def _spelt(stream: TextStream, ids: Sequence[int]) -> str:
+    return "".join(map(stream.push, ids)) + stream.flush()
+
+
 def written_groups(prompts: Sequence[Prompt], column: str, policy: Policy) -> list[Group]:
     """Texts of the data's own as rollouts: the prompt, the text in ``column`` and an end token; by prompt.
 
@@ -362,7 +366,7 @@ def written_groups(prompts: Sequence[Prompt], column: str, policy: Policy) -> li
     Raises:
         UserError: a row has no such column, or its text is empty or too long.
     """
-    decoder = TextDecoder(policy.tokenizer)
+    decoder = policy.decoder()
     groups: dict[str, Group] = {}
     for number, prompt in enumerate(prompts):
         ids = actions_for(prompt, column, policy)
@@ -404,7 +408,7 @@ def check_fits(prompt: Prompt, ids: Sequence[int], room: int) -> None:
         )
 
 
-def written_rollout(prompt: Prompt, ids: Sequence[int], number: int, policy: Policy, decoder: TextDecoder) -> Rollout:
+def written_rollout(prompt: Prompt, ids: Sequence[int], number: int, policy: Policy, decoder: Decoder) -> Rollout:
     """The rollout of a text that the policy did not write; nobody knows with what chances it was written."""
     length = len(prompt.token_ids) + len(ids)
     watch = Watch([], decoder)
@@ -423,6 +427,6 @@ def written_rollout(prompt: Prompt, ids: Sequence[int], number: int, policy: Pol
         text=characters,
         marks=[],
         versions=[-1] * first + [0] * len(ids),
-        stop="ended" if ids[-1] in policy.end_ids else "length",
+        stop="ended" if policy.over(ids, prompt) else "length",
         info=prompt.info,
     )

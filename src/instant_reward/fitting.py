@@ -27,7 +27,6 @@ from instant_reward.policies.policy import Policy
 from instant_reward.rewards.base import Reward
 from instant_reward.rewards.scope import remembering, replay_groups
 from instant_reward.sampling.sampler import Sampler
-from instant_reward.text import TextDecoder
 from instant_reward.types import Prompt, Rollout, UserError
 
 WINDOW = 1024  # texts among which those of like length are put together: the order stays random beyond it
@@ -49,7 +48,7 @@ class Written(Sequence[Rollout]):
 
     def __init__(self, prompts: Sequence[Prompt], data: DataConfig, policy: Policy, room: int) -> None:
         assert data.completion is not None, "the config names no column of texts"
-        self.policy, self.decoder = policy, TextDecoder(policy.tokenizer)
+        self.policy, self.decoder = policy, policy.decoder()
         self.prompts: list[Prompt] = []
         self.actions: list[list[int]] = []
         for prompt in prompts:
@@ -176,7 +175,7 @@ def predict(rollouts: Sequence[Rollout], policy: Policy, tokens_per_part: int) -
     numbered = [replace(rollout, group=number) for number, rollout in enumerate(rollouts)]
     batch = collate(numbered, pad_id=policy.pad_id)
     found = likeliest(policy, batch, tokens_per_part)[0]
-    decoder = TextDecoder(policy.tokenizer)
+    decoder = policy.decoder()
     for row, rollout in enumerate(rollouts):
         output = decoder.char_ends(found[row, batch.mask[row]].tolist())[0]
         rollout.prompt = replace(rollout.prompt, info={**rollout.prompt.info, "output": output})

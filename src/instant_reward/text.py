@@ -16,7 +16,7 @@ from functools import cache
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple, Protocol
 
-from instant_reward.types import Every, Tokenizer, UserError
+from instant_reward.types import Every, Prompt, Tokenizer, UserError
 
 REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -36,6 +36,14 @@ class TextStream(Protocol):
 
     def copy(self) -> TextStream:
         """An independent stream that has read the same tokens."""
+        ...
+
+
+class Decoder(Protocol):
+    """Characters from what a policy chose: tokens, or other actions."""
+
+    def stream(self, prompt: Prompt | None = None) -> TextStream:
+        """A new text behind a prompt."""
         ...
 
 
@@ -59,8 +67,8 @@ class TextDecoder:
         self._table = table
         self._windows = None if table is not None else _Windows(tokenizer, sample)
 
-    def stream(self) -> TextStream:
-        """A new text."""
+    def stream(self, prompt: Prompt | None = None) -> TextStream:
+        """A new text; it is the same behind every prompt."""
         if self._table is not None:
             return _ByteStream(self._table)
         assert self._windows is not None

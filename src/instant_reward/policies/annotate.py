@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from instant_reward.policies.learning import Learning
 
 
-def ask(policy: Learning, output: PolicyOutput, head: terms.Head, batch: Batch) -> None:
+def ask(policy: Learning, output: PolicyOutput, head: terms.Distribution, batch: Batch) -> None:
     """Fills in what the policy's ``needs`` name, with gradient.
 
     Args:
@@ -31,7 +31,7 @@ def ask(policy: Learning, output: PolicyOutput, head: terms.Head, batch: Batch) 
         output.divergence = on_tokens(terms.divergence(head, _teacher_head(policy, batch)), batch.mask)
 
 
-def _ask_critic(policy: Learning, critic: Critic, output: PolicyOutput, head: terms.Head, batch: Batch) -> None:
+def _ask_critic(policy: Learning, critic: Critic, output: PolicyOutput, head: terms.Distribution, batch: Batch) -> None:
     states = critic.states(batch, head.hidden, policy.states)
     if critic.value is not None:
         output.values = on_tokens(critic.values(states), batch.mask)
@@ -43,7 +43,7 @@ def _ask_critic(policy: Learning, critic: Critic, output: PolicyOutput, head: te
         output.expected = on_tokens(terms.expected_advantage(head, table, policy.needs.top_actions), batch.mask)
     if critic.slow is not None:
         tables = [critic.table(states, number) for number in range(critic.need.tables)]
-        spreads = [terms.log_sum_exp(table, len(states), head.weight.shape[0]) for table in tables]
+        spreads = [terms.log_sum_exp(table, len(states), head.width) for table in tables]
         output.spread = on_tokens(torch.stack(spreads, 1), batch.mask)
 
 
@@ -107,7 +107,7 @@ def beyond_the_end(policy: Learning, critic: Critic, batch: Batch, tokens_per_pa
     return outputs
 
 
-def _values(critic: Critic, head: terms.Head | None, part: Batch, reader: Reader) -> dict[str, Tensor]:
+def _values(critic: Critic, head: terms.Distribution | None, part: Batch, reader: Reader) -> dict[str, Tensor]:
     states = critic.states(part, None if head is None else head.hidden, reader)
     if critic.value is None:
         assert head is not None, "the mean of Q under the policy needs the policy"
@@ -119,7 +119,7 @@ def _values(critic: Critic, head: terms.Head | None, part: Batch, reader: Reader
     return found
 
 
-def _teacher_head(policy: Learning, part: Batch) -> terms.Head:
+def _teacher_head(policy: Learning, part: Batch) -> terms.Distribution:
     """The teacher's states and head for the texts of a part, behind the prompts that it reads."""
     with torch.no_grad(), policy.as_teacher() as model:
         return policy.head(model, part, part.shown)

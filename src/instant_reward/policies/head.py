@@ -132,6 +132,11 @@ def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, no_end: Tenso
     logits = torch.nn.functional.linear(
         hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     ).to(_wide(hidden.dtype))
+    return as_drawn(logits, no_end, softmax)
+
+
+def as_drawn(logits: Tensor, no_end: Tensor, softmax: Softmax) -> Tensor:
+    """The logits ``[n, V]`` as the sampler had them; where ``no_end [n]`` is on, the ends are forbidden (in place)."""
     if softmax.temperature != 1.0:
         logits = logits / softmax.temperature
     if softmax.end_ids and bool(no_end.any()):

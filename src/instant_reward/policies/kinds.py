@@ -16,7 +16,7 @@ from instant_reward.policies.policy import Policy
 from instant_reward.types import UserError
 
 # Kind -> the function that loads it: (name, dtype, lora, place) -> Policy.
-KINDS = {"causal": "causal:load_causal"}
+KINDS = {"causal": "causal:load_causal", "classifier": "classifier:load_classifier"}
 
 
 def load_policy(
@@ -56,4 +56,6 @@ def kind_of(folder: Path) -> str:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "causal"  # a GGUF file, or a folder whose loading says better what is wrong
+    if any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
+        return "classifier"
     return "seq2seq" if config.get("is_encoder_decoder") else "causal"

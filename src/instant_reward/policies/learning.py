@@ -18,7 +18,6 @@ from instant_reward.notice import without_bars
 from instant_reward.policies import terms
 from instant_reward.policies.annotate import annotated, ask, beyond_the_end
 from instant_reward.policies.critic import Critic
-from instant_reward.policies.head import token_logprobs
 from instant_reward.policies.optimizer import Group, Optimization, Stepper
 from instant_reward.policies.states import Reader, on_tokens
 from instant_reward.types import CriticNeed, Needs, PolicyOutput, UserError
@@ -37,11 +36,13 @@ class Learning(ABC):
         name: what it was loaded by.
 
     Attributes:
+        same_actions: whether all prompts have the same actions to choose from.
         end_ids: the actions that end a text; pad_id: what pads rows.
         states: reads batches with a trunk, the policy's or a critic's.
         needs: what the algorithm asks for (``prepare``).
     """
 
+    same_actions: bool = True
     end_ids: tuple[int, ...] = ()
     pad_id: int = 0
 
@@ -66,8 +67,8 @@ class Learning(ABC):
         """A fresh reader of batches, which knows no model yet."""
 
     @abstractmethod
-    def head(self, model: Any, batch: Batch, read: Batch | None = None) -> terms.Head:
-        """The states that predict the sampled actions, and the head that makes logits of them.
+    def head(self, model: Any, batch: Batch, read: Batch | None = None) -> terms.Distribution:
+        """What the sampled actions were drawn from, by a model.
 
         Args:
             model: this policy's, or another one for the same actions.
@@ -92,10 +93,14 @@ class Learning(ABC):
         """The linear layer that makes logits of the states."""
         return model.get_output_embeddings()
 
+    def actions_in(self, model: Any) -> int:
+        """How many actions a model chooses among."""
+        return len(self.output_head(model).weight)
+
     @property
     def actions(self) -> int:
         """How many actions it chooses among."""
-        return len(self.output_head(self.model).weight)
+        return self.actions_in(self.model)
 
     def __call__(self, batch: Batch) -> PolicyOutput:
         """What the policy says of the sampled tokens, as the sampler drew them; more where ``prepare`` asked for it."""
@@ -149,7 +154,7 @@ class Learning(ABC):
         teacher = self.needs.teacher
         if teacher is not None and teacher.model is not None:
             self.teacher = self.load_beside(teacher.model, "algorithm.teacher.model")
-            widths = [len(self.output_head(one).weight) for one in (self.model, self.teacher)]
+            widths = [self.actions_in(one) for one in (self.model, self.teacher)]
             if widths[0] != widths[1] and (teacher.whole or teacher.baseline):
                 raise UserError(
                     f"algorithm.teacher.model: its output head has {widths[1]} rows and the policy's {widths[0]}, so "
@@ -173,7 +178,13 @@ class Learning(ABC):
             whole = self.load_beside(need.model, "algorithm.critic.model")
             base = self.states.trunk(whole.requires_grad_(True))
         width = self.states.width(base if base is not None else self.states.trunk(self.model))
-        return Critic(need, base, width, self.actions, self.output_head(self.model).weight.dtype, self.device)
+        if need.tables and not self.same_actions:
+            raise UserError(
+                "algorithm.name: a critic of next actions needs the same actions for every prompt, and this policy's "
+                "differ from prompt to prompt; use rloo, a2c or ppo"
+            )
+        dtype = next(self.model.parameters()).dtype
+        return Critic(need, base, width, self.actions if need.tables else 0, dtype, self.device)
 
     def reset_reference(self) -> None:
         """From here on the reference is the policy as it is now."""
@@ -319,10 +330,8 @@ class Learning(ABC):
                 parameter.data = now[name]
 
     @staticmethod
-    def token_logprobs(head: terms.Head, batch: Batch) -> PolicyOutput:
+    def token_logprobs(head: terms.Distribution, batch: Batch) -> PolicyOutput:
         """Log-probabilities ``[B, L]`` of the sampled tokens with gradient, and entropies without."""
         targets = batch.token_ids[batch.mask.bool()].to(head.hidden.device)
-        logprobs, entropies = token_logprobs(
-            head.hidden, head.weight, head.bias, targets, head.no_end, head.softmax, head.shadow
-        )
+        logprobs, entropies = head.of(targets)
         return PolicyOutput(on_tokens(logprobs, batch.mask), on_tokens(entropies, batch.mask))

@@ -15,21 +15,25 @@ from instant_reward.types import UserError
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 
 
-def load_model(name: str, compute: torch.dtype, place: str) -> tuple[Any, Any]:
-    """A causal language model in its master dtype, and its tokenizer.
+def load_model(name: str, compute: torch.dtype, place: str, kind: str = "AutoModelForCausalLM") -> tuple[Any, Any]:
+    """A model in its master dtype, and its tokenizer.
+
+    Args:
+        kind: the class of transformers that finds the model's own.
 
     Raises:
         UserError: where the model is not there or cannot be read.
     """
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = models.locate(name)
     master = torch.float64 if compute == torch.float64 else torch.float32
     try:
         with without_bars():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=master, attn_implementation="sdpa")
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            found: Any = getattr(transformers, kind)
+            model: Any = found.from_pretrained(folder, dtype=master, attn_implementation="sdpa")
         return model.to(place), tokenizer
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the model in {folder} cannot be loaded: {_first_line(error)}; check the folder") from error

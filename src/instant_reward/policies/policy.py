@@ -17,6 +17,7 @@ from torch import Tensor
 from instant_reward.batch import Batch
 from instant_reward.credit import Marks
 from instant_reward.policies.learning import Learning
+from instant_reward.text import Decoder, TextDecoder
 from instant_reward.types import Message, Prompt, Rollout, UserError
 
 if TYPE_CHECKING:
@@ -76,6 +77,14 @@ class Policy(Learning):
         Raises:
             UserError: where the policy cannot write it.
         """
+
+    def over(self, actions: Sequence[int], prompt: Prompt) -> bool:
+        """Whether a text has ended by itself with the last of its actions (at least one)."""
+        return actions[-1] in self.end_ids
+
+    def decoder(self) -> Decoder:
+        """What makes text of the actions."""
+        return TextDecoder(self.tokenizer)
 
     def sample(
         self,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from instant_reward.rewards.base import Reward, as_rewards
-from instant_reward.text import Pieces, TextDecoder, TextStream, token_range
+from instant_reward.text import Decoder, Pieces, TextStream, token_range
 from instant_reward.types import Mark, Prompt, RewardError, Rollout, Span, Stop, UserError, View
 
 
@@ -59,14 +59,14 @@ class Watch:
 
     Args:
         rewards: anything ``as_rewards`` takes.
-        decoder: makes characters of token ids; None where the characters are handed over (replay).
+        decoder: makes characters of what was sampled; None where the characters are handed over (replay).
         step: the training step, for error messages.
 
     Attributes:
         may_stop: whether one of the rewards may stop a text before its end.
     """
 
-    def __init__(self, rewards: Sequence[Any], decoder: TextDecoder | None = None, step: int | None = None) -> None:
+    def __init__(self, rewards: Sequence[Any], decoder: Decoder | None = None, step: int | None = None) -> None:
         self.rewards: list[Reward] = as_rewards(rewards)
         self.decoder = decoder
         self.step = step
@@ -89,7 +89,7 @@ class Watch:
         first = len(prompt.token_ids)
         self._rows[row] = _Row(
             prompt=prompt,
-            stream=self.decoder.stream() if self.decoder else None,
+            stream=self.decoder.stream(prompt) if self.decoder else None,
             cursors=[_Cursor(0, first) for _ in self._ways],
             states=[self._start(one, prompt) for one in self.rewards],
             char_ends=[0] * first,

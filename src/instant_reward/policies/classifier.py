@@ -1,0 +1,229 @@
+"""A classifier as a policy: the labels are its actions, and a text of its is one label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from instant_reward.batch import Batch
+from instant_reward.policies import terms
+from instant_reward.policies.decisions import PLAIN, DecisionPolicy, Steps, decided
+from instant_reward.policies.head import Softmax
+from instant_reward.policies.load import Dtype, compute_dtype, load_model
+from instant_reward.types import Prompt, UserError
+
+PART_TOKENS = 4096  # texts are read together up to so many tokens, padding included
+
+
+class ClassifierPolicy(DecisionPolicy):
+    """An encoder with labels (``AutoModelForSequenceClassification``) that decides once for each text or pair of texts.
+
+    Args:
+        model: a transformers model whose logits are a linear layer's.
+        tokenizer: its tokenizer; it reads the texts.
+
+    Attributes:
+        labels: their names, by the config's ``id2label``.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, compute: torch.dtype = torch.float32, adapter: Any = None, name: str = ""
+    ) -> None:
+        self.head_name = _head_name(model, tokenizer)  # first: the readers made by ``Learning`` need it
+        super().__init__(model, tokenizer, compute, adapter, name)
+        self.labels = _labels(model)
+
+    @property
+    def context(self) -> int:
+        """How many tokens of a text the model can read, those that begin and end it included."""
+        limits = [getattr(self.model.config, "max_position_embeddings", None), self.tokenizer.model_max_length]
+        positions = [one for name, one in self.model.named_modules() if name.endswith("position_embeddings")]
+        if positions and getattr(positions[0], "padding_idx", None) is not None:  # RoBERTa's count from behind it
+            limits[0] = positions[0].num_embeddings - positions[0].padding_idx - 1
+        return min(int(limit) for limit in limits if limit)
+
+    def output_head(self, model: Any) -> Any:  # type: ignore[override]
+        """See ``Learning``."""
+        return model.get_submodule(self.head_name)
+
+    def new_states(self) -> Features:
+        """See ``Learning``."""
+        return Features(self)
+
+    def over(self, actions: Sequence[int], prompt: Prompt) -> bool:
+        """See ``Policy``: a decision is a whole text."""
+        return True
+
+    def names(self, prompt: Prompt) -> Sequence[str]:
+        """See ``DecisionPolicy``."""
+        return self.labels
+
+    def actions_of(self, text: str, prompt: Prompt) -> list[int]:
+        """See ``Policy``: the label."""
+        if text not in self.labels:
+            known = ", ".join(repr(label) for label in self.labels)
+            raise UserError(f"prompt {prompt.id} has the label {text!r}, which the model does not know; use {known}")
+        return [self.labels.index(text)]
+
+    def prompts(
+        self, rows: Sequence[Mapping[str, Any]], column: str, room: int, most: int | None = None
+    ) -> list[Prompt]:
+        """See ``Policy``; a row has a text, or a list of two texts.
+
+        Args:
+            most: texts are cut off behind so many tokens (of a pair, its longer text); without it, a text longer than
+                the model reads is an error.
+        """
+        return [self._prompt(row, index, column, most) for index, row in enumerate(rows)]
+
+    def _prompt(self, row: Mapping[str, Any], index: int, column: str, most: int | None) -> Prompt:
+        where = getattr(row, "where", f"prompt {index}")
+        content = row[column]
+        texts = [content] if isinstance(content, str) else content
+        pair = isinstance(texts, list) and len(texts) in (1, 2) and all(isinstance(one, str) for one in texts)
+        if not pair:
+            raise UserError(f"{where} has {content!r} in {column!r}; give a text, or a list of two texts")
+        if not all(one.strip() for one in texts):
+            raise UserError(f"{where} has an empty text in {column!r}; give it at least one character, or leave it out")
+        cut = {} if most is None else {"truncation": True, "max_length": min(most, self.context)}
+        read = self.tokenizer(*texts, **cut)
+        ids = list(read["input_ids"])
+        if len(ids) > self.context:
+            raise UserError(
+                f"{where} has a text of {len(ids)} tokens, and the model reads {self.context}; shorten it, or have "
+                f"texts cut off by setting model.max_context to {self.context} or less"
+            )
+        info = {key: value for key, value in row.items() if key not in (column, "id")}
+        context = [ids, *([list(read["token_type_ids"])] if "token_type_ids" in read else [])]
+        return Prompt(str(row.get("id", index)), "\n".join(texts), [], info=info, context=context)
+
+    def read(self, model: Any, contexts: Sequence[Any]) -> Tensor:
+        """See ``DecisionPolicy``: what the output layer reads of each text, ``[C, D]``."""
+        order = sorted(range(len(contexts)), key=lambda number: len(contexts[number][0]))
+        parts, some = [], list[int]()
+        for number in order:
+            if some and len(contexts[number][0]) * (len(some) + 1) > PART_TOKENS:
+                parts.append(self._read(model, [contexts[one] for one in some]))
+                some = []
+            some.append(number)
+        parts.append(self._read(model, [contexts[one] for one in some]))
+        back = torch.tensor(order, device=self.device).argsort()
+        return torch.cat(parts)[back]
+
+    def _read(self, model: Any, contexts: Sequence[Any]) -> Tensor:
+        longest = max(len(context[0]) for context in contexts)
+        pads = [self.tokenizer.pad_token_id or 0, 0]
+        columns = [
+            torch.tensor(
+                [context[column] + [pads[column]] * (longest - len(context[column])) for context in contexts],
+                device=self.device,
+            )
+            for column in range(len(contexts[0]))
+        ]
+        lengths = torch.tensor([len(context[0]) for context in contexts], device=self.device)
+        given = {
+            "input_ids": columns[0],
+            "attention_mask": torch.arange(longest, device=self.device) < lengths[:, None],
+        }
+        if len(columns) > 1:
+            given["token_type_ids"] = columns[1]
+        with self.autocast():
+            states = _before(self.output_head(model), model, given)[0]
+        return states.to(torch.bfloat16) if self.compute == torch.bfloat16 else states
+
+    def choose(
+        self, model: Any, encoded: Any, steps: Steps, no_end: Tensor, softmax: Softmax = PLAIN
+    ) -> terms.Distribution:
+        """See ``DecisionPolicy``."""
+        head = self.output_head(model)
+        return terms.Head(encoded[steps.rows], head.weight, head.bias, no_end, softmax)
+
+
+class Features:
+    """What a classifier's output layer reads, for critics (``Reader``)."""
+
+    def __init__(self, policy: ClassifierPolicy) -> None:
+        self.policy = policy
+
+    def trunk(self, model: Any) -> Any:
+        """See ``Reader``: the whole model; its output layer is passed over."""
+        return model
+
+    def width(self, base: Any) -> int:
+        """See ``Reader``."""
+        return int(self.policy.output_head(base).in_features)
+
+    def of_sampled(self, base: Any, batch: Batch) -> Tensor:
+        """See ``Reader``."""
+        contexts, steps = decided(batch, self.policy.device)
+        return self.policy.read(base, contexts)[steps.rows]
+
+
+def _before(head: nn.Module, model: Any, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """What a layer reads while the model reads its input, and the model's logits."""
+    kept: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+    try:
+        logits = model(**given).logits
+    finally:
+        hook.remove()
+    return kept[-1], logits
+
+
+@torch.no_grad()
+def _head_name(model: Any, tokenizer: Any) -> str:
+    """The linear layer whose output the logits are, by its place in the model.
+
+    Raises:
+        UserError: where no layer is that, or the tokenizer has more words than the model.
+    """
+    words = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > words:
+        raise UserError(
+            f"{type(model).__name__} knows {words} tokens and its tokenizer {len(tokenizer)}, so the two do not belong "
+            "together; save the tokenizer that the model was made with into its folder"
+        )
+    given = {"input_ids": torch.tensor([[1, 2, 3]], device=next(model.parameters()).device) % words}
+    last: list[str] = []
+    hooks = [
+        one.register_forward_hook(lambda *_, name=name: last.append(name))
+        for name, one in model.named_modules()
+        if isinstance(one, nn.Linear)
+    ]
+    model.eval()(**given)
+    for hook in hooks:
+        hook.remove()
+    if last:
+        head = model.get_submodule(last[-1])
+        states, logits = _before(head, model, given)
+        plain = nn.functional.linear(states, head.weight, head.bias)
+        if plain.shape == logits.shape and torch.allclose(plain, logits, atol=1e-5, rtol=1e-4):
+            return last[-1]
+    raise UserError(
+        f"the logits of {type(model).__name__} are not the output of its last linear layer for each text, which is "
+        "what a classifier needs; use a BERT-, DistilBERT- or RoBERTa-shaped one"
+    )
+
+
+def _labels(model: Any) -> list[str]:
+    config = model.config
+    labels = [str(config.id2label[number]) for number in range(config.num_labels)]
+    kind = getattr(config, "problem_type", None)
+    if len(set(labels)) < len(labels) or len(labels) < 2 or kind in ("regression", "multi_label_classification"):
+        raise UserError(
+            f"the classifier has the labels {', '.join(map(repr, labels))} (problem_type {kind}), and one of at least "
+            "two must be chosen, each with a name of its own; correct id2label in its config.json"
+        )
+    return labels
+
+
+def load_classifier(name: str, dtype: Dtype, lora: Mapping[str, Any] | None, place: str) -> ClassifierPolicy:
+    """See ``kinds.load_policy``."""
+    if lora is not None:
+        raise UserError("model.lora: a classifier's output layer has to learn, so all of it is trained; leave lora out")
+    compute = compute_dtype(dtype, place)
+    model, tokenizer = load_model(name, compute, place, "AutoModelForSequenceClassification")
+    return ClassifierPolicy(model, tokenizer, compute, None, name)

@@ -1,0 +1,162 @@
+"""Policies that choose among actions which are no tokens: labels, sentences, positions.
+
+The flat sequence holds the actions alone, in their order; what they are chosen for is the prompt's ``context``. A kind
+of such policies says how it reads contexts (``read``) and what the next action is drawn from (``choose``); sampling
+(``sampling/decisions.py``) and learning go through these two, so that both see the same probabilities.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from instant_reward.batch import Batch
+from instant_reward.policies import terms
+from instant_reward.policies.head import Softmax
+from instant_reward.policies.policy import Policy
+from instant_reward.policies.states import Reader
+from instant_reward.text import Decoder
+from instant_reward.types import Prompt, UserError
+
+if TYPE_CHECKING:
+    from instant_reward.sampling.decisions import DecisionSampler
+    from instant_reward.sampling.draw import Settings
+
+PLAIN = Softmax()
+
+
+@dataclass(frozen=True)
+class Steps:
+    """``N`` decisions that are made side by side.
+
+    Attributes:
+        rows: int64 ``[N]``, which of the contexts each is about.
+        before: the actions that were chosen before each, in their order.
+    """
+
+    rows: Tensor
+    before: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.before)
+
+
+class DecisionPolicy(Policy):
+    """A policy whose actions are chosen step by step for a context."""
+
+    @abstractmethod
+    def read(self, model: Any, contexts: Sequence[Any]) -> Any:
+        """What a model makes of contexts, once for all decisions about them.
+
+        Args:
+            model: this policy's, or another one for the same actions.
+            contexts: ``Prompt.context`` of some prompts.
+        """
+
+    @abstractmethod
+    def choose(
+        self, model: Any, encoded: Any, steps: Steps, no_end: Tensor, softmax: Softmax = PLAIN
+    ) -> terms.Distribution:
+        """What the next actions are drawn from, with gradient where it is on.
+
+        Args:
+            encoded: what ``read`` made of the contexts.
+            no_end: bool ``[N]``, where the ends are forbidden.
+        """
+
+    @abstractmethod
+    def names(self, prompt: Prompt) -> Sequence[str]:
+        """What each action is called in the text of a rollout."""
+
+    @abstractmethod
+    def new_states(self) -> Reader:
+        """See ``Learning``: what a critic of its own reads batches with."""
+
+    def decoder(self) -> Decoder:
+        """See ``Policy``: the names of the actions in their order."""
+        return Names(self.names)
+
+    def engine(self, settings: Settings, version: int = 0) -> DecisionSampler:
+        """See ``Policy``."""
+        from instant_reward.sampling.decisions import DecisionSampler
+
+        return DecisionSampler(self, settings, version)
+
+    def head(self, model: Any, batch: Batch, read: Batch | None = None) -> terms.Distribution:
+        """See ``Learning``."""
+        contexts, steps = decided(batch if read is None else read, self.device)
+        softmax = Softmax(batch.temperature, self.end_ids if bool(batch.no_end.any()) else ())
+        no_end = batch.no_end[batch.mask].to(self.device)
+        return self.choose(model, self.read(model, contexts), steps, no_end, softmax)
+
+    def load_beside(self, name: str, what: str) -> Any:
+        """See ``Learning``."""
+        raise UserError(
+            f"{what}: {type(self).__name__} takes no other model beside itself; use 'copy' or 'head' for a critic"
+        )
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The dtype that the products of a forward pass run in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute == torch.bfloat16)
+
+
+def decided(batch: Batch, device: torch.device) -> tuple[list[Any], Steps]:
+    """The contexts of a batch, those of siblings once, and its decisions in the order of ``mask.nonzero()``."""
+    assert batch.contexts is not None, "decisions are made for contexts, and the batch has none"
+    contexts: list[Any] = []
+    known: dict[int, int] = {}
+    of_row = []
+    for group, context in zip(batch.group.tolist(), batch.contexts, strict=True):
+        if group not in known or contexts[known[group]] != context:
+            known[group] = len(contexts)
+            contexts.append(context)
+        of_row.append(known[group])
+    rows, at = batch.mask.bool().nonzero(as_tuple=True)
+    ids = batch.token_ids.tolist()
+    before = [ids[row][:t] for row, t in zip(rows.tolist(), at.tolist(), strict=True)]
+    return contexts, Steps(torch.tensor(of_row, device=device)[rows.to(device)], before)
+
+
+class Names:
+    """Actions by their names, one behind the other, as a text (``Decoder``).
+
+    Args:
+        of: the names of a prompt's actions; an empty one shows nothing.
+        between: what stands between two of them.
+    """
+
+    def __init__(self, of: Callable[[Prompt], Sequence[str]], between: str = " ") -> None:
+        self.of, self.between = of, between
+
+    def stream(self, prompt: Prompt | None = None) -> _Named:
+        """See ``Decoder``."""
+        assert prompt is not None, "the names of actions are a prompt's"
+        return _Named(self.of(prompt), self.between)
+
+
+class _Named:
+    """See ``TextStream``."""
+
+    def __init__(self, names: Sequence[str], between: str, begun: bool = False) -> None:
+        self.names, self.between, self.begun = names, between, begun
+
+    def push(self, token_id: int) -> str:
+        """The name of an action, behind what separates it from the one before."""
+        name = self.names[token_id]
+        found = self.between + name if self.begun and name else name
+        self.begun = self.begun or bool(name)
+        return found
+
+    def flush(self) -> str:
+        """Nothing is held back."""
+        return ""
+
+    def copy(self) -> _Named:
+        """See ``TextStream``."""
+        return _Named(self.names, self.between, self.begun)
