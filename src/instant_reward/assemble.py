@@ -96,12 +96,16 @@ def _called(config: DataConfig) -> list[Any]:
 
 
 def _load(config: DataConfig, source: Any, limit: int | None) -> list[dict[str, Any]]:
-    return data.load_rows(
+    pair = config.column if isinstance(config.column, list) else []
+    rows = data.load_rows(
         source,
-        column=config.column or config.completion or "prompt",
+        column=pair[0] if pair else config.prompt_column or config.completion or "prompt",
         limit=limit,
         columns=config.columns,
-        needed=[config.completion] if config.completion else [],
+        needed=[*pair[1:], *([config.completion] if config.completion else [])],
         encoding=config.encoding,
         unique=config.unique,
     )
+    for row in rows if pair else []:
+        row["prompt"] = [row[name] for name in pair]
+    return rows

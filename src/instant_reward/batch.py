@@ -120,7 +120,7 @@ class Batch:
         common.
         """
         longest_of: dict[int, int] = {}
-        besides = [0] * len(self) if self.contexts is None else [_numbers(context) for context in self.contexts]
+        besides = [0] * len(self) if self.contexts is None else [_numbers_in(one) for one in self.contexts]
         for group, length, more in zip(self.group.tolist(), self.length.tolist(), besides, strict=True):
             longest_of[group] = max(longest_of.get(group, 0), length + more)
         order = sorted(range(len(self)), key=lambda row: (longest_of[int(self.group[row])], int(self.group[row]), row))
@@ -144,9 +144,9 @@ class Batch:
             yield share
 
 
-def _numbers(context: Any) -> int:
-    """How many numbers a context holds."""
-    return sum(map(_numbers, context)) if isinstance(context, list) else 1
+def _numbers_in(context: Any) -> int:
+    """How many numbers a context holds, in lists of lists too."""
+    return sum(map(_numbers_in, context)) if isinstance(context, list | tuple) else int(context is not None)
 
 
 class Learner(Protocol):

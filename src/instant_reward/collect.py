@@ -218,9 +218,10 @@ def prompts_of(
     data: DataConfig, rows: Sequence[Mapping[str, Any]], policy: Policy, room: int, most: int | None
 ) -> list[Prompt]:
     """The prompts of the data; where it has none, the opening token alone, with the columns beside it."""
-    if data.column is None:
+    column = data.prompt_column
+    if column is None:
         return policy.unprompted(rows)
-    return policy.prompts(rows, data.column, room, most)
+    return policy.prompts(rows, column, room, most)
 
 
 def _check_teacher(prompts: Sequence[Prompt], config: Config) -> None:

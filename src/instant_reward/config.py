@@ -74,7 +74,8 @@ class DataConfig(Section):
     """Where prompts come from: exactly one of ``path`` (a file), ``use`` (``module:function``, called with ``args``),
     ``prompts`` (texts, lists of messages, or mappings of columns) and ``rollouts`` (a run's ``samples.jsonl``: whole
     texts to learn from, none is sampled). ``completion`` names a column with the texts to learn from instead; they
-    stand behind the prompt in ``column``, or, where that is None, behind the model's opening token alone.
+    stand behind the prompt in ``column``, or, where that is None, behind the model's opening token alone. Two
+    names in ``column`` make a pair of texts, for a classifier.
 
     Attributes:
         too_long: a text to learn from that the model cannot read at once is refused, cut off, or split into several
@@ -92,7 +93,7 @@ class DataConfig(Section):
     use: Text | None = None
     prompts: list[Any] | None = None
     rollouts: Text | None = None
-    column: Text | None = "prompt"
+    column: Text | Annotated[list[Text], Field(min_length=2, max_length=2)] | None = "prompt"
     completion: Text | None = None
     too_long: Literal["refuse", "cut", "split"] = "refuse"
     args: dict[str, Any] = {}
@@ -102,6 +103,11 @@ class DataConfig(Section):
     unique: Text | None = None
     split: SplitConfig | None = None
     part: Literal["train", "validation", "test"] = "train"
+
+    @property
+    def prompt_column(self) -> str | None:
+        """Where the loaded rows have their prompt; a pair of columns is put together under "prompt"."""
+        return "prompt" if isinstance(self.column, list) else self.column
 
     @property
     def given(self) -> bool:

@@ -15,6 +15,7 @@ from instant_reward.policies.head import Softmax
 from instant_reward.policies.load import Dtype, compute_dtype, load_model
 from instant_reward.types import Prompt, UserError
 
+AUTO = "AutoModelForSequenceClassification"
 PART_TOKENS = 4096  # texts are read together up to so many tokens, padding included
 
 
@@ -32,7 +33,7 @@ class ClassifierPolicy(DecisionPolicy):
     def __init__(
         self, model: Any, tokenizer: Any, compute: torch.dtype = torch.float32, adapter: Any = None, name: str = ""
     ) -> None:
-        self.head_name = _head_name(model, tokenizer)  # first: the readers made by ``Learning`` need it
+        self.heads = {type(model): _head_name(model, tokenizer)}
         super().__init__(model, tokenizer, compute, adapter, name)
         self.labels = _labels(model)
 
@@ -47,7 +48,7 @@ class ClassifierPolicy(DecisionPolicy):
 
     def output_head(self, model: Any) -> Any:  # type: ignore[override]
         """See ``Learning``."""
-        return model.get_submodule(self.head_name)
+        return model.get_submodule(self.heads[type(model)])
 
     def new_states(self) -> Features:
         """See ``Learning``."""
@@ -99,6 +100,17 @@ class ClassifierPolicy(DecisionPolicy):
         info = {key: value for key, value in row.items() if key not in (column, "id")}
         context = [ids, *([list(read["token_type_ids"])] if "token_type_ids" in read else [])]
         return Prompt(str(row.get("id", index)), "\n".join(texts), [], info=info, context=context)
+
+    def load_beside(self, name: str, what: str) -> Any:
+        """See ``Learning``: another classifier with the same tokens and labels."""
+        model, own = load_model(name, self.compute, str(self.device), AUTO)
+        if own.get_vocab() != self.tokenizer.get_vocab() or _labels(model) != self.labels:
+            raise UserError(
+                f"{what}: {name} has another tokenizer or other labels than the policy, so the two cannot be compared; "
+                "use another"
+            )
+        self.heads[type(model)] = _head_name(model, own)
+        return model.eval().requires_grad_(False)
 
     def read(self, model: Any, contexts: Sequence[Any]) -> Tensor:
         """See ``DecisionPolicy``: what the output layer reads of each text, ``[C, D]``."""
@@ -225,5 +237,5 @@ def load_classifier(name: str, dtype: Dtype, lora: Mapping[str, Any] | None, pla
     if lora is not None:
         raise UserError("model.lora: a classifier's output layer has to learn, so all of it is trained; leave lora out")
     compute = compute_dtype(dtype, place)
-    model, tokenizer = load_model(name, compute, place, "AutoModelForSequenceClassification")
+    model, tokenizer = load_model(name, compute, place, AUTO)
     return ClassifierPolicy(model, tokenizer, compute, None, name)

@@ -50,6 +50,8 @@ class Steps:
 class DecisionPolicy(Policy):
     """A policy whose actions are chosen step by step for a context."""
 
+    begins_empty = True
+
     @abstractmethod
     def read(self, model: Any, contexts: Sequence[Any]) -> Any:
         """What a model makes of contexts, once for all decisions about them.
@@ -95,12 +97,6 @@ class DecisionPolicy(Policy):
         no_end = batch.no_end[batch.mask].to(self.device)
         return self.choose(model, self.read(model, contexts), steps, no_end, softmax)
 
-    def load_beside(self, name: str, what: str) -> Any:
-        """See ``Learning``."""
-        raise UserError(
-            f"{what}: {type(self).__name__} takes no other model beside itself; use 'copy' or 'head' for a critic"
-        )
-
     def autocast(self) -> AbstractContextManager[Any]:
         """The dtype that the products of a forward pass run in."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute == torch.bfloat16)
@@ -108,7 +104,8 @@ class DecisionPolicy(Policy):
 
 def decided(batch: Batch, device: torch.device) -> tuple[list[Any], Steps]:
     """The contexts of a batch, those of siblings once, and its decisions in the order of ``mask.nonzero()``."""
-    assert batch.contexts is not None, "decisions are made for contexts, and the batch has none"
+    if batch.contexts is None:
+        raise UserError("decisions are made for contexts, and there are none here; give contexts=[...], one a row")
     contexts: list[Any] = []
     known: dict[int, int] = {}
     of_row = []

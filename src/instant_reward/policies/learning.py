@@ -37,12 +37,14 @@ class Learning(ABC):
 
     Attributes:
         same_actions: whether all prompts have the same actions to choose from.
+        begins_empty: whether the flat sequence may begin with a sampled action.
         end_ids: the actions that end a text; pad_id: what pads rows.
         states: reads batches with a trunk, the policy's or a critic's.
         needs: what the algorithm asks for (``prepare``).
     """
 
     same_actions: bool = True
+    begins_empty: bool = False
     end_ids: tuple[int, ...] = ()
     pad_id: int = 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -140,14 +141,23 @@ class Policy(Learning):
         ready = self.prompts(table, "prompt", max_new_tokens)
         return in_order(self.engine(settings).stream(ready, per_prompt, rewards=rewards, seed=seed))
 
-    def logprobs(self, token_ids: Any, mask: Any, length: Any = None, temperature: float = 1.0) -> Tensor:
+    def logprobs(
+        self,
+        token_ids: Any,
+        mask: Any,
+        length: Any = None,
+        temperature: float = 1.0,
+        *,
+        contexts: Sequence[list[Any]] | None = None,
+    ) -> Tensor:
         """``log p(x_t | x_<t)`` of the tokens under the mask.
 
         Args:
             token_ids: int ``[B, L]``, right-padded.
-            mask: bool or 0/1 ``[B, L]``; off at each row's first token, which nothing precedes.
+            mask: bool or 0/1 ``[B, L]``; off at each row's first token, which nothing precedes (but for decisions).
             length: ``[B]``, the rows' lengths; without it, rows end with their last masked token.
             temperature: the logits are divided by it.
+            contexts: what the policy reads besides, one a row (``Prompt.context``).
 
         Returns:
             ``[B, L]`` with gradient; 0 where the mask is off.
@@ -157,7 +167,7 @@ class Policy(Learning):
             raise UserError(f"logprobs: temperature={temperature!r} must be above 0")
         if ids.dim() != 2 or ids.shape != on.shape:
             raise UserError(f"logprobs: token_ids {tuple(ids.shape)} and mask {tuple(on.shape)} must both be [B, L]")
-        if bool(on[:, 0].any()):
+        if bool(on[:, 0].any()) and not self.begins_empty:
             raise UserError(
                 "logprobs: the mask is on at a row's first token, which nothing precedes; switch it off there"
             )
@@ -166,7 +176,9 @@ class Policy(Learning):
         lengths = ends if length is None else torch.as_tensor(length).cpu().long()
         if bool((lengths < ends).any()):
             raise UserError("logprobs: the mask is on beyond a row's length; shorten the mask or correct the length")
-        batch = _bare_batch(ids, on, lengths, temperature)
+        if contexts is not None and len(contexts) != len(ids):
+            raise UserError(f"logprobs: contexts has {len(contexts)} entries for {len(ids)} rows; give one a row")
+        batch = replace(_bare_batch(ids, on, lengths, temperature), contexts=None if contexts is None else [*contexts])
         return self.token_logprobs(self.head(self.model, batch), batch).logprobs
 
 

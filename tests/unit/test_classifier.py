@@ -1,0 +1,234 @@
+"""A classifier as a policy: loaded, trained by every preset that fits, resumed, saved; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+import instant_reward as ir
+from deciding import LABELS, LONGEST, WORDS, classifier_folder, tiny_bert, tiny_classifier, word_tokenizer
+from instant_reward import assemble
+from instant_reward.batch import collate
+from instant_reward.config import Config
+from instant_reward.policies.classifier import ClassifierPolicy
+from instant_reward.types import UserError
+
+ROWS = [
+    {"prompt": "the film was great", "label": "good"},
+    {"prompt": "the film was dull", "label": "bad"},
+    {"prompt": "a joy", "label": "good"},
+    {"prompt": "slow", "label": "bad"},
+]
+SIZE: dict[str, Any] = {"vocab_size": len(WORDS), "num_labels": 3, "pad_token_id": 0}
+
+
+@ir.reward(every="end")
+def right(view: ir.View) -> float:
+    return float(view.text == view.info["label"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return classifier_folder(tmp_path_factory.mktemp("classifier") / "model")
+
+
+def run(folder: Path, out: Path, steps: int = 2, resume: bool = False, **sections: Any) -> ir.Run:
+    values: dict[str, Any] = {
+        "model": {"name": str(folder), "dtype": "float32"},
+        "data": {"prompts": ROWS},
+        "algorithm": {"name": "rloo"},
+        "sampling": {"max_new_tokens": 1},
+        "train": {"steps": steps, "prompts_per_step": 4, "group_size": 4, "learning_rate": 3e-3, "save_every": 1,
+                  "threads": 1},
+        "out": str(out),
+    }  # fmt: skip
+    for name, section in sections.items():
+        values[name] = {**values[name], **section}
+    return ir.train(Config.build(values), rewards=[right], resume=resume)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "reinforce": {"baseline": "running_mean", "entropy": 0.01},
+    "reinforce++": {"kl": 0.05},
+    "rloo": {"kl": 0.05, "entropy": 0.01},
+    "grpo": {"kl": 0.05, "kl_as": "loss", "kl_estimator": "k3"},
+    "dr_grpo": {}, "dapo": {}, "gspo": {}, "cispo": {}, "instant": {}, "value": {},
+    "a2c": {"critic": {"model": "head", "detach": False}},
+    "ppo": {"kl": 0.05, "epochs": 2},
+    "qac": {"critic": {"model": "head"}},
+    "vtrace": {}, "decoupled_ppo": {}, "rwr": {}, "awr": {}, "raft": {},
+    "ilql": {"critic": {"model": "head"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_preset_takes_decisions(folder: Path, tmp_path: Path, name: str) -> None:
+    given = {"completion": "label"} if name == "ilql" else {}
+    done = run(folder, tmp_path / "run", data=given, algorithm={"name": name, **OPTIONS[name]})
+    assert [row["length"] for row in done.metrics] == [1.0, 1.0]
+    assert all(row["ended"] == 1.0 for row in done.metrics)
+    assert name == "value" or all(row["sampler_gap"] < 1e-4 for row in done.metrics if "sampler_gap" in row)
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "ppo"])
+def test_a_resumed_run_is_the_same_bit_for_bit(folder: Path, tmp_path: Path, algorithm: str) -> None:
+    whole = run(folder, tmp_path / "whole", steps=4, algorithm={"name": algorithm, "kl": 0.1})
+    run(folder, tmp_path / "parts", steps=2, algorithm={"name": algorithm, "kl": 0.1})
+    config = tmp_path / "parts" / "config.yaml"
+    config.write_text(config.read_text().replace("steps: 2", "steps: 4"))
+    parts = run(folder, tmp_path / "parts", steps=4, resume=True, algorithm={"name": algorithm, "kl": 0.1})
+    mine, theirs = whole.policy.model.state_dict(), parts.policy.model.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_it_learns_from_the_reward_of_the_chosen_label_alone(folder: Path, tmp_path: Path) -> None:
+    done = run(folder, tmp_path / "run", steps=40, train={"save_every": None})
+    assert sum(row["reward"] for row in done.metrics[:3]) / 3 < 0.6
+    assert done.metrics[-1]["reward"] > 0.9
+
+
+def test_labels_of_the_data_are_imitated(folder: Path, tmp_path: Path) -> None:
+    done = run(folder, tmp_path / "run", steps=30, data={"completion": "label"}, algorithm={"name": "raft"})
+    chosen = done.policy.sample([row["prompt"] for row in ROWS], temperature=0)
+    assert [text.text for text in chosen] == [row["label"] for row in ROWS]
+
+
+def test_what_is_saved_is_what_transformers_loads(folder: Path, tmp_path: Path) -> None:
+    policy = ir.load_policy(str(folder))
+    assert isinstance(policy, ClassifierPolicy)
+    assert policy.labels == LABELS
+    texts = policy.sample([row["prompt"] for row in ROWS], per_prompt=2)
+    again = ir.load_policy(str(policy.save(tmp_path / "saved")))
+    assert torch.equal(again.score(collate(texts)), policy.score(collate(texts)))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
+    read = word_tokenizer()(ROWS[0]["prompt"], return_tensors="pt")
+    with torch.no_grad():
+        logs = model(**read).logits.log_softmax(-1)[0]
+    assert texts[0].logprobs[0] == pytest.approx(float(logs[texts[0].token_ids[0]]), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        DistilBertForSequenceClassification(
+            DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=16, max_position_embeddings=16, **SIZE)
+        ),
+        RobertaForSequenceClassification(
+            RobertaConfig(
+                hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                max_position_embeddings=17, type_vocab_size=2, **SIZE,
+            )
+        ),
+    ],
+    ids=["DistilBERT", "RoBERTa"],
+)  # fmt: skip
+def test_models_of_other_shapes(model: Any) -> None:
+    tokenizer = word_tokenizer()
+    if "Distil" in type(model).__name__:
+        tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, pad_token="[PAD]")
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    policy = ClassifierPolicy(model, tokenizer)
+    assert policy.context == 16
+    texts = policy.sample(["the film was great", "slow"], per_prompt=3)
+    found = policy.score(collate(texts))
+    assert torch.allclose(found, torch.tensor([text.logprobs for text in texts]), atol=1e-5)
+    read = tokenizer("the film was great", return_tensors="pt")
+    with torch.no_grad():
+        logs = model(**read).logits.log_softmax(-1)[0]
+    assert texts[0].logprobs[0] == pytest.approx(float(logs[texts[0].token_ids[0]]), abs=1e-5)
+
+
+def test_a_model_whose_logits_are_something_else_is_refused() -> None:
+    model = GPT2ForSequenceClassification(GPT2Config(n_embd=8, n_layer=1, n_head=2, **SIZE))
+    with pytest.raises(UserError, match="last linear layer"):
+        ClassifierPolicy(model, word_tokenizer())
+
+
+def test_a_vocabulary_that_does_not_match_is_refused() -> None:
+    with pytest.raises(UserError, match="do not belong together"):
+        ClassifierPolicy(tiny_bert(vocab_size=len(WORDS) - 1), word_tokenizer())
+
+
+def test_labels_that_are_one_or_alike_are_refused() -> None:
+    model = tiny_bert()
+    model.config.id2label = {0: "good", 1: "good", 2: "bad"}
+    with pytest.raises(UserError, match="a name of its own"):
+        ClassifierPolicy(model, word_tokenizer())
+
+
+def test_bad_rows_are_named(folder: Path, tmp_path: Path) -> None:
+    policy = tiny_classifier()
+    for content, complaint in (
+        (" ", "empty text"),
+        (3.5, "give a text"),
+        (float("nan"), "give a text"),
+        (["a", "b", "c"], "give a text"),
+        ("film " * LONGEST, f"18 tokens, and the model reads {LONGEST}"),
+    ):
+        with pytest.raises(UserError, match=complaint) as caught:
+            policy.prompts([{"prompt": "a"}, {"prompt": content}], "prompt", 1)
+        assert "prompt 1" in str(caught.value)
+    rows = [*ROWS[:2], {"prompt": "slow", "label": "superb"}]
+    with pytest.raises(UserError, match=r"prompt 2 has the label 'superb'.*'bad', 'fine', 'good'"):
+        run(folder, tmp_path / "run", data={"prompts": rows, "completion": "label"}, algorithm={"name": "raft"})
+
+
+def test_texts_are_cut_off_where_that_is_asked_for() -> None:
+    policy = tiny_classifier()
+    (prompt,) = policy.prompts([{"prompt": "film " * 40}], "prompt", 1, most=10)
+    assert prompt.context is not None
+    assert len(prompt.context[0]) == 10
+    assert prompt.context[0][-1] == 2  # [SEP] is kept
+    (pair,) = policy.prompts([{"prompt": ["a", "film " * 40]}], "prompt", 1, most=10)
+    assert pair.context is not None
+    assert pair.context[1] == [0, 0, 0, *[1] * 7]
+
+
+def test_two_columns_make_a_pair(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.csv"
+    file.write_text("one,other,label\na film,the film,good\nslow,a joy,bad\n")
+    config = Config.build({"data": {"path": str(file), "column": ["one", "other"]}})
+    rows = assemble.load_prompt_rows(config.data)
+    prompts = tiny_classifier().prompts(rows, "prompt", 1)
+    assert prompts[0].text == "a film\nthe film"
+    assert prompts[0].context is not None
+    assert prompts[0].context[1] == [0, 0, 0, 0, 1, 1, 1]
+    assert prompts[1].info["label"] == "bad"
+    wrong = Config.build({"data": {"path": str(file), "column": ["one", "another"]}})
+    with pytest.raises(UserError, match="another"):
+        assemble.load_prompt_rows(wrong.data)
+
+
+def test_a_critic_of_another_model_needs_the_same_labels(folder: Path, tmp_path: Path) -> None:
+    twin = classifier_folder(tmp_path / "twin")
+    run(folder, tmp_path / "run", algorithm={"name": "a2c", "critic": {"model": str(twin)}})
+    other = classifier_folder(tmp_path / "other", labels=["no", "yes", "maybe"])
+    with pytest.raises(UserError, match=r"algorithm\.critic\.model.*other labels"):
+        run(folder, tmp_path / "refused", algorithm={"name": "a2c", "critic": {"model": str(other)}})
+
+
+def test_recorded_decisions_come_back(folder: Path, tmp_path: Path) -> None:
+    run(folder, tmp_path / "first", train={"samples": "all"})
+    samples = tmp_path / "first" / "samples.jsonl"
+    assert json.loads(samples.read_text().splitlines()[0])["prompt"]["context"][0][0] == 1
+    given = {"prompts": None, "rollouts": str(samples)}
+    done = run(folder, tmp_path / "second", data=given, algorithm={"name": "vtrace"})
+    assert "effective_sample_size" in done.metrics[0]
+
+
+def test_a_classifier_takes_no_adapter(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.lora"):
+        ir.load_policy(str(folder), lora={"rank": 4})
