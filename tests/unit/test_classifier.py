@@ -67,7 +67,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "grpo": {"kl": 0.05, "kl_as": "loss", "kl_estimator": "k3"},
     "dr_grpo": {}, "dapo": {}, "gspo": {}, "cispo": {}, "instant": {}, "value": {},
     "a2c": {"critic": {"model": "head", "detach": False}},
-    "ppo": {"kl": 0.05, "epochs": 2},
+    "ppo": {"kl": 0.05},
     "qac": {"critic": {"model": "head"}},
     "vtrace": {}, "decoupled_ppo": {}, "rwr": {}, "awr": {}, "raft": {},
     "ilql": {"critic": {"model": "head"}},
@@ -95,9 +95,9 @@ def test_a_resumed_run_is_the_same_bit_for_bit(folder: Path, tmp_path: Path, alg
 
 
 def test_it_learns_from_the_reward_of_the_chosen_label_alone(folder: Path, tmp_path: Path) -> None:
-    done = run(folder, tmp_path / "run", steps=40, train={"save_every": None})
+    done = run(folder, tmp_path / "run", steps=80, train={"save_every": None})
     assert sum(row["reward"] for row in done.metrics[:3]) / 3 < 0.6
-    assert done.metrics[-1]["reward"] > 0.9
+    assert sum(row["reward"] for row in done.metrics[-5:]) / 5 > 0.9
 
 
 def test_labels_of_the_data_are_imitated(folder: Path, tmp_path: Path) -> None:
