@@ -55,6 +55,8 @@ def build(config: AlgorithmConfig, rewards: Sequence[Reward], max_new_tokens: in
     decoupled = preset.ratio == "decoupled" and preset.loss == "clipped"
     if decoupled and config.importance is None:  # without weights it would be half of what it is
         config = config.model_copy(update={"importance": ImportanceConfig()})
+    if preset.loss == "doubly_robust" and config.importance is None:
+        config = config.model_copy(update={"importance": ImportanceConfig(level="sequence", most=None)})
     learned = [one for one in rewards if one.train]
     check(config, preset, learned)
     sources = [
@@ -131,6 +133,6 @@ def needs(config: AlgorithmConfig, preset: Preset, sources: int, go_on: bool = T
         own_error=config.by_error is not None,
         entropy=config.entropy > 0 and config.entropy_as == "loss",
         critic=critic,
-        top_actions=config.top_actions if preset.loss == "all_actions" else None,
+        top_actions=config.top_actions if preset.loss in ("all_actions", "doubly_robust") else None,
         teacher=None if teacher is None else TeacherNeed(teacher.model, teacher.whole, teacher.baseline),
     )

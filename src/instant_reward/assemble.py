@@ -97,12 +97,13 @@ def _called(config: DataConfig) -> list[Any]:
 
 def _load(config: DataConfig, source: Any, limit: int | None) -> list[dict[str, Any]]:
     pair = config.column if isinstance(config.column, list) else []
+    logged = [] if config.logged is None else list(config.logged.model_dump().values())
     rows = data.load_rows(
         source,
         column=pair[0] if pair else config.prompt_column or config.completion or "prompt",
         limit=limit,
         columns=config.columns,
-        needed=[*pair[1:], *([config.completion] if config.completion else [])],
+        needed=[*pair[1:], *([config.completion] if config.completion else []), *logged],
         encoding=config.encoding,
         unique=config.unique,
     )

@@ -160,6 +160,13 @@ def _wrong_options(config: AlgorithmConfig, preset: Preset) -> Iterator[str]:
             f"algorithm.baseline: {preset.baseline} holds the text's own weighed return, which "
             "importance.level=decision would weigh again; use leave_one_out or value"
         )
+    if config.importance is not None and config.importance.self_normalised:
+        plain = preset.loss == "policy_gradient" and preset.baseline == "none" and preset.weigh == "none"
+        if not plain or preset.returns not in ("to_go", "whole") or preset.scale != "none" or config.pieces:
+            yield (
+                "algorithm.importance.self_normalised: it takes the weighted mean return away itself, which is exact "
+                f"with reinforce alone; with {config.name} as it is set here leave it out"
+            )
     idle = unused(config, preset)
     if idle:
         yield (

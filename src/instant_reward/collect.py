@@ -4,6 +4,7 @@ or given in a file."""
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from typing import Any
 
 from instant_reward.algorithms import Algorithm
 from instant_reward.batch import collate
-from instant_reward.config import Config, DataConfig
+from instant_reward.config import Config, DataConfig, LoggedConfig
 from instant_reward.credit import Source
 from instant_reward.data import Prompts
 from instant_reward.policies.policy import Policy
@@ -20,6 +21,7 @@ from instant_reward.policies.teacher import check_template
 from instant_reward.presets import Preset
 from instant_reward.records import rollout_from_record, rollout_record
 from instant_reward.rewards.base import Reward
+from instant_reward.rewards.logged import number_in
 from instant_reward.rewards.scope import remembering, replay_groups
 from instant_reward.rewards.watch import Watch
 from instant_reward.sampling.sampler import Sampler, in_order
@@ -204,13 +206,17 @@ def texts_of(
         _check_sizes(recorded, config, algorithm.preset)
         _check_teacher([group[0].prompt for group in recorded], config)
         return Given(recorded, rewards, config, algorithm.sources, algorithm.preset.skip_equal)
-    room = 0 if config.data.completion else config.sampling.max_new_tokens
+    room = 0 if config.data.given else config.sampling.max_new_tokens
     prompts = prompts_of(config.data, rows, policy, room, config.model.max_context)
     _check_teacher(prompts, config)
     if config.data.completion is not None:
         written = written_groups(prompts, config.data.completion, policy)
         _check_sizes(written, config, algorithm.preset)
         return Given(written, rewards, config, algorithm.sources, algorithm.preset.skip_equal)
+    if config.data.logged is not None:
+        logs = logged_groups(prompts, config.data.logged, policy)
+        _check_sizes(logs, config, algorithm.preset)
+        return Given(logs, rewards, config, algorithm.sources, algorithm.preset.skip_equal)
     return Sampled(prompts, rewards, config, algorithm.sources, algorithm.preset.skip_equal)
 
 
@@ -242,7 +248,7 @@ def _check_sizes(groups: Sequence[Group], config: Config, preset: Preset) -> Non
 
 def _takes_ratios(config: Config, preset: Preset) -> bool:
     """Whether the texts' log-probabilities are compared with the policy's, which makes up for another sampler."""
-    compares = preset.loss in ("clipped", "cispo") or preset.returns == "vtrace"
+    compares = preset.loss in ("clipped", "cispo", "doubly_robust") or preset.returns == "vtrace"
     return compares or config.algorithm.importance is not None
 
 
@@ -256,7 +262,7 @@ def check_source(config: Config, preset: Preset) -> None:
     # Of next tokens, the one-step target holds whoever wrote the text.
     one_step = preset.loss == "all_actions" and config.algorithm.critic.lam == 0
     imitates = preset.weigh != "none" or preset.loss in ("ilql", "likelihood", "none") or one_step
-    given = config.data.rollouts or config.data.completion
+    given = config.data.given
     if preset.loss == "likelihood" and not given:
         raise UserError(
             "algorithm.name: likelihood learns from given texts, and none are given; name their column by "
@@ -276,7 +282,8 @@ def check_source(config: Config, preset: Preset) -> None:
     if (config.train.replay or given) and not corrected and not imitates:
         instead = "use awr, rwr, raft, ilql or value"
         if not config.data.completion:
-            instead = "set algorithm.importance, or use ppo, vtrace, awr, raft, ilql, or qac with critic.lam=0"
+            instead = "use doubly_robust, or " if config.data.logged else ""
+            instead += "set algorithm.importance, or use ppo, vtrace, awr, raft, ilql, or qac with critic.lam=0"
         raise UserError(
             f"{'data' if given else 'train.replay'}: {config.algorithm.name} takes these texts for the policy's own, "
             f"which biases its step; {instead}"
@@ -383,7 +390,31 @@ def written_groups(prompts: Sequence[Prompt], column: str, policy: Policy) -> li
     return list(groups.values())
 
 
-def actions_for(prompt: Prompt, column: str, policy: Policy) -> list[int]:
+def logged_groups(prompts: Sequence[Prompt], columns: LoggedConfig, policy: Policy) -> list[Group]:
+    """Logged decisions as rollouts, each alone in its group, with the chance that it had been chosen with.
+
+    Raises:
+        UserError: names the row whose action is unknown, or whose reward or propensity is no number that fits.
+    """
+    decoder = policy.decoder()
+    groups = []
+    for number, prompt in enumerate(prompts):
+        where = f"data.logged: prompt {prompt.id}"
+        number_in(prompt.info, columns.reward, where)
+        chance = number_in(prompt.info, columns.propensity, where, highest=1.0)
+        ids = actions_for(prompt, columns.action, policy, "data.logged")
+        if len(ids) != 1:
+            raise UserError(
+                f"{where} has an action of {len(ids)} steps, and a propensity is of one decision; use a "
+                "classifier, or data.rollouts"
+            )
+        rollout = written_rollout(prompt, ids, number, policy, decoder)
+        rollout.logprobs[-1] = math.log(chance)
+        groups.append([rollout])
+    return groups
+
+
+def actions_for(prompt: Prompt, column: str, policy: Policy, option: str = "data.completion") -> list[int]:
     """The actions that write the text in a prompt's column.
 
     Raises:
@@ -391,7 +422,7 @@ def actions_for(prompt: Prompt, column: str, policy: Policy) -> list[int]:
     """
     text = prompt.info.get(column)
     if not isinstance(text, str) or not text:
-        raise UserError(f"data.completion: prompt {prompt.id} has no text in its column {column!r}; correct the row")
+        raise UserError(f"{option}: prompt {prompt.id} has no text in its column {column!r}; correct the row")
     return policy.actions_of(text, prompt)
 
 

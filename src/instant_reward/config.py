@@ -70,12 +70,22 @@ class ModelConfig(Section):
         return self
 
 
+class LoggedConfig(Section):
+    """Which columns of the data are a log of decisions: the ``action`` that was taken, what it earned (``reward``), and
+    with what chance it had been chosen (``propensity``)."""
+
+    action: Text = "action"
+    reward: Text = "reward"
+    propensity: Text = "propensity"
+
+
 class DataConfig(Section):
     """Where prompts come from: exactly one of ``path`` (a file), ``use`` (``module:function``, called with ``args``),
     ``prompts`` (texts, lists of messages, or mappings of columns) and ``rollouts`` (a run's ``samples.jsonl``: whole
     texts to learn from, none is sampled). ``completion`` names a column with the texts to learn from instead; they
-    stand behind the prompt in ``column``, or, where that is None, behind the model's opening token alone. Two
-    names in ``column`` make a pair of texts, for a classifier.
+    stand behind the prompt in ``column``, or, where that is None, behind the model's opening token alone.
+    ``logged`` says that the rows are a log of decisions, to learn from those. Two names in ``column`` make a pair of
+    texts, for a classifier.
 
     Attributes:
         too_long: a text to learn from that the model cannot read at once is refused, cut off, or split into several
@@ -96,6 +106,7 @@ class DataConfig(Section):
     column: Text | Annotated[list[Text], Field(min_length=2, max_length=2)] | None = "prompt"
     completion: Text | None = None
     too_long: Literal["refuse", "cut", "split"] = "refuse"
+    logged: LoggedConfig | None = None
     args: dict[str, Any] = {}
     limit: Count | None = None
     columns: dict[str, Text] = {}
@@ -112,7 +123,7 @@ class DataConfig(Section):
     @property
     def given(self) -> bool:
         """Whether the texts are given with it, and none is sampled."""
-        return self.rollouts is not None or self.completion is not None
+        return self.rollouts is not None or self.completion is not None or self.logged is not None
 
     @field_validator("use")
     @classmethod
@@ -135,8 +146,10 @@ class DataConfig(Section):
         given += ["split's files"] if self.split is not None and self.split.files else []
         if len(given) != 1:
             raise ValueError(f"give exactly one of path, use, prompts and rollouts (there {_are(given)})")
-        if self.rollouts is not None and self.completion is not None:
-            raise ValueError("rollouts are whole texts already; leave out completion")
+        if self.rollouts is not None and (self.completion is not None or self.logged is not None):
+            raise ValueError("rollouts are whole texts already; leave out completion and logged")
+        if self.completion is not None and self.logged is not None:
+            raise ValueError("logged names the column of the actions itself; leave out completion")
         shaped = [name for name in ("args", "limit", "columns", "unique", "split") if getattr(self, name)]
         shaped += ["column"] if self.column != "prompt" else []
         if self.rollouts is not None and shaped:
@@ -295,8 +308,8 @@ class EvaluateConfig(Section):
     @field_validator("prompts")
     @classmethod
     def _prompts(cls, value: DataConfig | None) -> DataConfig | None:
-        if value is not None and (value.rollouts is not None or value.completion is not None):
-            raise ValueError("texts are sampled for these prompts; leave out rollouts and completion")
+        if value is not None and value.given:
+            raise ValueError("texts are sampled for these prompts; leave out rollouts, completion and logged")
         return value
 
     @field_validator("texts")
@@ -386,7 +399,8 @@ class Config(Section):
         values = as_supervised(values) if supervised else values
         algorithm = values.get("algorithm")
         without = isinstance(algorithm, dict) and (algorithm.get("teacher") or algorithm.get("name") == "likelihood")
-        if not values.get("rewards") and not without:
+        logged = isinstance(values.get("data"), dict) and values["data"].get("logged") is not None
+        if not values.get("rewards") and not without and not logged:
             problems.append("rewards: there is none; name at least one function to learn from")
         return cls.build(values, str(path), problems)
 

@@ -11,7 +11,7 @@ from instant_reward.config_weight import Planned, least
 
 Name = Literal[
     "reinforce", "reinforce++", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "instant", "value", "a2c", "ppo",
-    "qac", "vtrace", "decoupled_ppo", "rwr", "awr", "raft", "ilql", "distill", "likelihood",
+    "qac", "doubly_robust", "vtrace", "decoupled_ppo", "rwr", "awr", "raft", "ilql", "distill", "likelihood",
 ]  # fmt: skip
 
 
@@ -51,12 +51,15 @@ class ImportanceConfig(Section):
             each reward by the ratio of the text up to it.
         most: weights stay at or below this.
         beyond: "truncate" cuts larger weights to ``most``; "mask" drops tokens with a weight outside 1/most to most.
+        self_normalised: divide the weights of whole texts by their mean over the batch, and take the weighted mean
+            return away: the gradient of the self-normalised estimate.
     """
 
     short = "level"
     level: Literal["token", "piece", "sequence", "decision"] = "token"
     most: Positive | None = 2.0
     beyond: Literal["truncate", "mask"] = "truncate"
+    self_normalised: bool = False
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
@@ -64,6 +67,8 @@ class ImportanceConfig(Section):
             raise ValueError("most must be above 1 where beyond=mask; raise it")
         if self.beyond == "mask" and self.level == "decision":
             raise ValueError("beyond=mask has no meaning for level=decision; use truncate")
+        if self.self_normalised and (self.level != "sequence" or self.beyond == "mask"):
+            raise ValueError("self_normalised is of whole texts' weights; use level=sequence and beyond=truncate")
         return self
 
 

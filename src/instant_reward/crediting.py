@@ -52,6 +52,9 @@ def credit_batch(batch: Batch, preset: Preset, config: AlgorithmConfig = PLAIN, 
             chosen = config.importance
             assert chosen.level != "decision", "handled above"
             weights = importance.weights(log_ratio, batch.mask, chosen.level, batch.pieces, chosen.most, chosen.beyond)
+            if chosen.self_normalised:
+                weights, level = importance.self_normalised(weights, _totals(batch), batch.mask)
+                advantages = torch.where(batch.mask, advantages - level, torch.zeros_like(advantages))
     totals = _totals(batch)
     advantages = _scaled(advantages, totals, batch, preset)
     if preset.weigh == "exponential":

@@ -54,6 +54,21 @@ def weights(
     return torch.where(mask.bool(), ratio, torch.zeros_like(ratio))
 
 
+def self_normalised(weights: Tensor, totals: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights ``[B, L]`` divided by their mean over texts, and the weighted mean of what the texts earned.
+
+    With that mean taken away from the returns, the step is the gradient of the self-normalised estimate ``sum of w * R
+    / sum of w`` (Swaminathan and Joachims, 2015). Consistent, with a bias that falls with the batch, and unlike the
+    plain one it cannot be raised by weights that are large alone.
+
+    Args:
+        weights: ``[B, L]``, the same at each sampled token of a text; totals: ``[B]``.
+    """
+    of_text = torch.where(mask.bool(), weights, torch.zeros_like(weights)).amax(1)
+    mean = of_text.mean().clamp(min=torch.finfo(weights.dtype).tiny)
+    return weights / mean, (of_text * totals).sum() / of_text.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+
+
 def cumulative(log_ratio: Tensor, mask: Tensor, most: float | None = None) -> Tensor:
     """The ratio of each text up to and with token ``t``, ``prod over s <= t of ratio[s]``: ``[B, L]``, no gradient.
 

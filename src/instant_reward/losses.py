@@ -131,6 +131,36 @@ def all_actions(expected: Tensor, batch: Batch, normalise: Normalise = "text", c
     return LossOutput(-average(expected, batch, normalise, constant))
 
 
+def doubly_robust(
+    logprobs: Tensor,
+    expected: Tensor,
+    chosen: Tensor,
+    batch: Batch,
+    normalise: Normalise = "text",
+    constant: float = 1.0,
+) -> LossOutput:
+    """The gradient of the doubly robust estimate, Dudik, Langford and Li (2011): for decisions of one step.
+
+    The estimate of what a policy earns is ``sum over a of p(a) * Q(a) + weight * (reward - Q(action))``. It is unbiased
+    where the chances that the log has are right or where Q is.
+
+    Args:
+        logprobs, expected: ``[B, L]`` with gradient: of the logged actions, and the sum over actions of probability
+            times advantage.
+        chosen: ``[B, L]``, Q of the logged action.
+        batch: with ``targets [B, 1, L]``, the logged rewards, and ``weights [B, L]``.
+    """
+    assert batch.targets is not None, "credit the batch first: the critic has no targets"
+    assert batch.weights is not None, "credit the batch first: it has no importance weights"
+    if bool((batch.mask.sum(1) > 1).any()):
+        raise UserError(
+            "algorithm.name: doubly_robust is for decisions of one step, and these texts have several; use vtrace, or "
+            "reinforce with importance"
+        )
+    error = (batch.targets[:, 0].to(chosen.dtype) - chosen.detach()) * batch.weights.to(chosen.dtype)
+    return LossOutput(-average(expected + error * logprobs, batch, normalise, constant), _metrics(logprobs, batch))
+
+
 def value(values: Tensor, batch: Batch, clip: float | None = None) -> LossOutput:
     """The critic's squared error, per sampled token: ``1/2 * sum over k of w_k**2 * (V_k[t] - target_k[t])**2``.
 

@@ -43,6 +43,12 @@ def _policy(output: PolicyOutput, batch: Batch, preset: Preset, constant: float)
     if preset.loss == "all_actions":
         assert output.expected is not None, "the policy was not asked for the sum over next tokens"
         return losses.all_actions(output.expected, batch, preset.normalise, constant)
+    if preset.loss == "doubly_robust":
+        assert output.expected is not None, "the policy was not asked for the sum over actions"
+        assert output.chosen is not None, "the policy was not asked for Q"
+        return losses.doubly_robust(
+            output.logprobs, output.expected, output.chosen[:, 0], batch, preset.normalise, constant
+        )
     if preset.loss == "clipped":
         decoupled = preset.ratio == "decoupled"
         ratio: losses.Ratio = "token" if preset.ratio == "decoupled" else preset.ratio

@@ -21,8 +21,9 @@ class Preset:
             prefix).
         scale: "none", or advantages divided by the deviation of the group's totals, or of the batch's advantages;
             "whiten" also takes the batch's mean away.
-        loss: "policy_gradient", "clipped", "cispo", "all_actions" (summed over next tokens), "ilql", "likelihood" (of
-            given texts, whose rewards are weights), or "none".
+        loss: "policy_gradient", "clipped", "cispo", "all_actions" (summed over next tokens), "doubly_robust"
+            (the same, and the weighted error of Q at the logged one), "ilql", "likelihood" (of given texts, whose
+            rewards are weights), or "none".
         normalise: what the loss is averaged over.
         weigh: "exponential" and "best" turn advantages into weights of a likelihood.
         ratio: in the clipped loss: of the token, its piece or the whole text; "decoupled": of the token, to the policy
@@ -34,7 +35,7 @@ class Preset:
     returns: Literal["to_go", "whole", "own", "gae", "vtrace", "q", "bellman"]
     baseline: Literal["none", "running_mean", "batch_mean", "leave_one_out", "group_mean", "value"]
     scale: Literal["none", "group", "batch", "whiten"]
-    loss: Literal["policy_gradient", "clipped", "cispo", "all_actions", "ilql", "likelihood", "none"]
+    loss: Literal["policy_gradient", "clipped", "cispo", "all_actions", "doubly_robust", "ilql", "likelihood", "none"]
     normalise: Literal["text", "tokens", "constant", "text_mean"]
     weigh: Literal["none", "exponential", "best"] = "none"
     ratio: Literal["token", "piece", "sequence", "decoupled"] = "token"
@@ -70,6 +71,7 @@ PRESETS = {
     "a2c": Preset("gae", "none", "none", "policy_gradient", "text"),
     "ppo": Preset("gae", "none", "whiten", "clipped", "tokens"),
     "qac": Preset("q", "none", "none", "all_actions", "text"),
+    "doubly_robust": Preset("q", "none", "none", "doubly_robust", "text"),
     "vtrace": Preset("vtrace", "none", "none", "policy_gradient", "text"),
     "decoupled_ppo": Preset("gae", "none", "whiten", "clipped", "tokens", ratio="decoupled"),
     "rwr": Preset("whole", "group_mean", "none", "policy_gradient", "tokens", weigh="exponential"),
@@ -97,7 +99,7 @@ def unused(config: AlgorithmConfig, preset: Preset) -> list[str]:
     likelihood = preset.loss == "likelihood"
     learns = preset.loss not in ("none", "ilql", "likelihood")
     own_ratio = PRESETS[config.name].ratio != "decoupled"
-    sampled = learns and preset.loss != "all_actions"
+    sampled = learns and preset.loss not in ("all_actions", "doubly_robust")
     used = {
         "baseline": compared and preset.weigh != "best" and not likelihood,
         "scale": sampled and preset.weigh != "best",
@@ -120,10 +122,13 @@ def unused(config: AlgorithmConfig, preset: Preset) -> list[str]:
         "teacher": preset.loss != "none" if config.teacher is not None and config.teacher.whole else not likelihood,
         "stop_kl": sampled,
         "critic": preset.critic,
-        "importance": sampled
-        and preset.weigh != "best"
-        and preset.returns != "vtrace"
-        and (preset.loss, preset.ratio) in _WEIGHED,
+        "importance": preset.loss == "doubly_robust"
+        or (
+            sampled
+            and preset.weigh != "best"
+            and preset.returns != "vtrace"
+            and (preset.loss, preset.ratio) in _WEIGHED
+        ),
         "entropy": not likelihood if config.entropy_as == "reward" else preset.loss != "none",
         "soft_length": not likelihood,
         "skip_equal": not likelihood,

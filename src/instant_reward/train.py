@@ -32,6 +32,7 @@ from instant_reward.presets import preset_of
 from instant_reward.progress import Metrics
 from instant_reward.records import rollout_record
 from instant_reward.rewards.base import Reward, as_rewards
+from instant_reward.rewards.logged import logged
 from instant_reward.rewards.scope import load_states, observe, states_of
 from instant_reward.run import START, Run
 from instant_reward.sampling.draw import Settings
@@ -291,6 +292,8 @@ def prepare(config: Config, rewards: Sequence[Any] | None = None, resume: bool =
     if not resume:
         Run.refuse_begun(config.out)  # before anything is loaded
     named = as_rewards(rewards) if rewards is not None else assemble.build_rewards(config.rewards)
+    if config.data.logged is not None:
+        named = [*named, logged(config.data.logged.action, config.data.logged.reward)]
     algorithm = algorithms.build(config.algorithm, named, config.sampling.max_new_tokens)
     check_source(config, algorithm.preset)
     rows = [] if config.data.rollouts else assemble.load_prompt_rows(config.data)
@@ -317,7 +320,7 @@ def prepare(config: Config, rewards: Sequence[Any] | None = None, resume: bool =
     warmup = config.supervised.warmup_steps if config.supervised else 0
     updates = min(warmup, steps) + max(0, steps - warmup) * config.algorithm.epochs * config.algorithm.minibatches
     needs = algorithm.needs
-    given = config.data.rollouts or config.train.replay
+    given = config.data.rollouts or config.data.logged or config.train.replay
     if (given and not likelihood) or (config.data.completion and (needs.reference or needs.teacher)):
         needs = replace(needs, proximal=True)  # the sampler's log-probabilities are not the policy's own
     policy.prepare(
