@@ -138,7 +138,7 @@ def unused(config: AlgorithmConfig, preset: Preset) -> list[str]:
         "keep": preset.weigh == "best",
         "beta": preset.weigh == "exponential",
         "most_weight": preset.weigh == "exponential",
-        "top_actions": preset.loss == "all_actions",
+        "top_actions": preset.loss in ("all_actions", "doubly_robust"),
         "expectile": preset.loss == "ilql",
         "cql": preset.loss == "ilql",
         "target_rate": preset.loss == "ilql",

@@ -32,7 +32,11 @@ WORDS = ir.reward(every="word", name="words")(lambda view: chance(view.text))
 FINAL = ir.reward(every="end", name="final", weight=-0.5)(lambda view: chance(f"{view.text} end"))
 REWARDS = [WORDS, FINAL]
 CASES: list[tuple[str, dict[str, Any]]] = [
-    *[(name, {} if name in ("value", "gspo") else {"normalise": "text_mean"}) for name in PRESETS],
+    *[
+        (name, {} if name in ("value", "gspo") else {"normalise": "text_mean"})
+        for name in PRESETS
+        if name != "doubly_robust"
+    ],
     ("value", {"critic": {"table": True}}),
     ("reinforce", {"baseline": "value"}),
     ("ppo", {"critic": {"model": "copy"}}),

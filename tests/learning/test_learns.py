@@ -104,7 +104,7 @@ def test_the_reward_rises(algorithm: Any, reward: Any, tmp_path: Path) -> None:
 def test_every_preset_learns_here() -> None:
     """Those that follow no reward of their own texts have tests of their own below."""
     named = {one if isinstance(one, str) else one["name"] for one, _ in RUNS}
-    assert named | {"value", "ilql", "distill"} == set(PRESETS)
+    assert named | {"value", "ilql", "distill", "doubly_robust"} == set(PRESETS)
 
 
 @pytest.fixture(scope="module")

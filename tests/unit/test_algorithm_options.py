@@ -28,7 +28,7 @@ SAMPLED = {"reinforce", "reinforce++", "rloo", "grpo", "dr_grpo", "dapo", "gspo"
 PLAIN_LOSS = {"reinforce", "rloo", "instant", "a2c", "distill", "rwr", "awr", "decoupled_ppo"}
 CLIPPED = {"reinforce++", "grpo", "dr_grpo", "dapo", "gspo", "ppo", "decoupled_ppo"}
 LOOKING_AHEAD = {"a2c", "ppo", "vtrace", "decoupled_ppo", "awr"}
-CRITIC = LOOKING_AHEAD | {"value", "qac", "ilql"}
+CRITIC = LOOKING_AHEAD | {"value", "qac", "doubly_robust", "ilql"}
 USED: dict[str, tuple[dict[str, Any], set[str]]] = {
     "lam": ({"lam": 0.5}, LOOKING_AHEAD),
     "lam_length": ({"lam_length": 0.5}, LOOKING_AHEAD),
@@ -37,16 +37,16 @@ USED: dict[str, tuple[dict[str, Any], set[str]]] = {
     "clip_high": ({"clip_high": 0.1}, CLIPPED | {"cispo"}),
     "ratio": ({"ratio": "sequence"}, CLIPPED - {"decoupled_ppo"}),
     "normalise": ({"normalise": "constant"}, set(PRESETS) - {"value"}),
-    "importance": ({"importance": {"level": "token"}}, PLAIN_LOSS),
+    "importance": ({"importance": {"level": "token"}}, PLAIN_LOSS | {"doubly_robust"}),
     "refill": ({"refill": 1}, {"dapo"}),
     "keep": ({"keep": 2}, {"raft"}),
     "beta": ({"beta": 2.0}, {"rwr", "awr"}),
     "most_weight": ({"most_weight": 2.0}, {"rwr", "awr"}),
-    "top_actions": ({"top_actions": 2}, {"qac"}),
+    "top_actions": ({"top_actions": 2}, {"qac", "doubly_robust"}),
     "expectile": ({"expectile": 0.9}, {"ilql"}),
     "cql": ({"cql": 0.5}, {"ilql"}),
     "target_rate": ({"target_rate": 0.5}, {"ilql"}),
-    "pieces": ({"pieces": "word"}, set(PRESETS) - {"instant", "qac", "ilql", "raft"}),
+    "pieces": ({"pieces": "word"}, set(PRESETS) - {"instant", "qac", "doubly_robust", "ilql", "raft"}),
     "kl_horizon": ({"kl_horizon": 5}, set()),
     "baseline": ({"baseline": "running_mean"}, SAMPLED - LOOKING_AHEAD),
     "scale": ({"scale": "batch"}, SAMPLED),
