@@ -314,6 +314,7 @@ def test_links_lead_somewhere() -> None:
 
 
 # When a row of the metrics' table says that a metric is logged.
+_RATIOS = "`importance`, `doubly_robust`, `vtrace`, `decoupled_ppo`, `gspo`, replay, `data.rollouts`, `data.logged`"
 LOGGED: dict[str, Callable[[AlgorithmConfig, Preset], bool]] = {
     "always": lambda config, preset: True,
     "`kl` above 0, texts of its own": lambda config, preset: config.kl > 0 and preset.loss != "likelihood",
@@ -321,7 +322,7 @@ LOGGED: dict[str, Callable[[AlgorithmConfig, Preset], bool]] = {
     "`entropy_target`, from the second step": lambda config, preset: config.entropy_target is not None,
     "tokens are learned from": lambda config, preset: preset.loss not in ("all_actions", "ilql", "none"),
     "loss `clipped` or `cispo`": lambda config, preset: preset.loss in ("clipped", "cispo"),
-    "`importance`, `doubly_robust`, `vtrace`, `decoupled_ppo`, `gspo`, replay, `data.rollouts`, `data.logged`": lambda config, preset: (
+    _RATIOS: lambda config, preset: (
         config.importance is not None or config.name in ("doubly_robust", "vtrace", "decoupled_ppo", "gspo")
     ),
     "a critic": lambda config, preset: preset.critic,
