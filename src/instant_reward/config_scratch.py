@@ -47,12 +47,21 @@ class ScratchConfig(Section):
     Attributes:
         config: plain values of the Hugging Face config that ``model_type`` names. The vocabulary's size and the special
             tokens' ids are the tokenizer's.
+        labels: of a classifier; a model that writes text has none.
         seed: draws the weights.
     """
 
     config: dict[str, Any]
     tokenizer: TokenizerConfig = TokenizerConfig()
+    labels: list[Text] = []
     seed: Whole = 0
+
+    @field_validator("labels")
+    @classmethod
+    def _different(cls, value: list[str]) -> list[str]:
+        if value and (len(value) < 2 or len(set(value)) < len(value)):
+            raise ValueError("needs at least two labels that differ")
+        return value
 
     @field_validator("config")
     @classmethod

@@ -375,7 +375,7 @@ def start_policy(config: Config, folder: str | Path, rows: Sequence[Mapping[str,
     """
     scratch = config.model.scratch
     if scratch is not None and not (Path(folder) / START).is_dir():
-        given = [name for name in (config.data.column, config.data.completion) if name]
+        given = [name for name in (config.data.prompt_column, config.data.completion) if name]
         return new_policy(scratch, list(texts_in(rows, scratch.tokenizer.columns or given)), config.model.dtype)
     lora = config.model.lora.model_dump() if config.model.lora else None
     return load_policy(start_name(config, folder), config.model.dtype, lora=lora)

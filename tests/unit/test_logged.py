@@ -67,15 +67,15 @@ def test_it_learns_what_the_log_shows(folder: Path, tmp_path: Path, algorithm: d
         ({"propensity": 0.0}, "prompt 1 has 0.0 in its column 'propensity'; it must be above 0 and at most 1"),
         ({"propensity": 1.5}, "at most 1"),
         ({"propensity": "often"}, "'often' in its column 'propensity'"),
-        ({"reward": float("nan")}, "nan in its column 'reward'; it must be a finite number"),
+        ({"reward": float("nan")}, "prompt 1 .*nan.*'reward'"),
         ({"action": "superb"}, "label 'superb'"),
-        ({"action": None}, "data.logged: prompt 1 has no text in its column 'action'"),
+        ({"action": None}, "prompt 1 .*None.*'action'"),
     ],
 )
 def test_bad_rows_are_named(folder: Path, tmp_path: Path, change: dict[str, Any], complaint: str) -> None:
     rows = log(3)
     rows[1] |= change
-    with pytest.raises(UserError, match=complaint.replace(".", r"\.")):
+    with pytest.raises(UserError, match=complaint):
         learn(folder, tmp_path / "run", rows, name="doubly_robust")
 
 

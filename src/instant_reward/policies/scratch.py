@@ -15,7 +15,9 @@ from huggingface_hub.errors import StrictDataclassError
 from instant_reward.config_scratch import ScratchConfig, TokenizerConfig
 from instant_reward.notice import without_bars
 from instant_reward.policies.causal import CausalPolicy
+from instant_reward.policies.classifier import ClassifierPolicy
 from instant_reward.policies.load import Dtype, compute_dtype
+from instant_reward.policies.policy import Policy
 from instant_reward.policies.tokens import Form, train_tokenizer
 from instant_reward.types import UserError
 
@@ -70,13 +72,17 @@ def build_model(
     return model, _as_loaded(tokenizer, config)
 
 
-def new_policy(scratch: ScratchConfig, texts: Iterable[str], dtype: Dtype = "float32") -> CausalPolicy:
-    """A causal model with new weights as a policy, on a GPU where there is one; ``build_model`` has the rest."""
+def new_policy(scratch: ScratchConfig, texts: Iterable[str], dtype: Dtype = "float32") -> Policy:
+    """A model with new weights as a policy, on a GPU where there is one; ``build_model`` has the rest.
+
+    With labels it is a classifier, without them a causal model.
+    """
     place = "cuda" if torch.cuda.is_available() else "cpu"
     compute = compute_dtype(dtype, place)
-    model, tokenizer = build_model(scratch, texts)
+    kind: ModelKind = "classification" if scratch.labels else "causal"
+    model, tokenizer = build_model(scratch, texts, kind, scratch.labels)
     master = torch.float64 if compute == torch.float64 else torch.float32
-    return CausalPolicy(model.to(place, master), tokenizer, compute)
+    return (ClassifierPolicy if scratch.labels else CausalPolicy)(model.to(place, master), tokenizer, compute)
 
 
 def _tokenizer(settings: TokenizerConfig, texts: Iterable[str], form: Form) -> Any:
