@@ -20,6 +20,7 @@ from instant_reward.batch import collate
 from instant_reward.config import AlgorithmConfig
 from instant_reward.policies import terms
 from instant_reward.policies.decisions import DecisionPolicy
+from instant_reward.policies.head import Softmax
 from instant_reward.policies.optimizer import Optimization
 from instant_reward.rewards.base import as_rewards
 from instant_reward.types import Prompt, Rollout
@@ -190,6 +191,13 @@ def test_the_step_with_the_true_values_of_all_labels_is_exact() -> None:
         one = replace(credited.select([row]), text_count=1, token_count=1)
         algorithm.loss(policy(one), one).loss.backward()
         assert same(-gradient(policy), exact)
+
+
+def test_scores_stay_as_they_are_where_an_end_is_forbidden() -> None:
+    scores = torch.zeros(2, 3)
+    head = terms.Choices(torch.zeros(2, 1), scores, torch.tensor([True, False]), Softmax(1.0, (0,)))
+    assert head.logits(slice(None)).isinf().tolist() == [[True, False, False], [False] * 3]
+    assert not scores.any()
 
 
 def test_marks_of_actions() -> None:

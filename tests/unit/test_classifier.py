@@ -120,6 +120,15 @@ def test_what_is_saved_is_what_transformers_loads(folder: Path, tmp_path: Path) 
     assert texts[0].logprobs[0] == pytest.approx(float(logs[texts[0].token_ids[0]]), abs=1e-5)
 
 
+def test_a_pair_is_read_as_transformers_reads_it() -> None:
+    policy = tiny_classifier(torch.float32)
+    (text,) = policy.sample([{"prompt": ["not a joy", "dull"]}])
+    read = word_tokenizer()("not a joy", "dull", return_tensors="pt")
+    with torch.no_grad():
+        logs = policy.model(**read).logits.log_softmax(-1)[0]
+    assert text.logprobs[0] == pytest.approx(float(logs[text.token_ids[0]]), abs=1e-5)
+
+
 @pytest.mark.parametrize(
     "model",
     [

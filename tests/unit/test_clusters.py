@@ -66,6 +66,16 @@ def test_the_right_assignment_earns_more_than_a_wrong_one_and_than_one_cluster_f
     assert found["right"] > found["all"] + 0.5
 
 
+def test_a_label_that_is_hardly_used_is_worth_more_with_balance() -> None:
+    found = []
+    for balance in (0.0, 1.0):
+        reward = Clusters(["one", "two"], words, balance=balance)
+        reward.observe(assigned(["two"] + ["one"] * 9))
+        found.append(scores(reward, assigned(["two"] * 10)))
+    gained = [more - less for less, more in zip(*found, strict=True)]  # type: ignore[operator]
+    assert gained == pytest.approx([-np.log(2 / 12 * 2)] * 10)
+
+
 def test_its_memory_goes_into_checkpoints() -> None:
     texts = assigned(["one"] * 5 + ["two"] * 5)
     before, after = Clusters(["one", "two"], words), Clusters(["one", "two"], words)

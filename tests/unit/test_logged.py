@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 
 import instant_reward as ir
 from deciding import classifier_folder
-from instant_reward.config import Config
+from instant_reward.collect import logged_groups
+from instant_reward.config import Config, LoggedConfig
+from instant_reward.rewards.logged import logged
 from instant_reward.types import UserError
 
 RIGHT = {"the film was great": "good", "a joy": "good", "the film was dull": "bad", "slow": "bad"}
@@ -96,3 +99,22 @@ def test_a_log_of_several_steps_is_refused(folder: Path) -> None:
         Config.build({"data": {"prompts": ["a"]}, "algorithm": {"importance": {"self_normalised": True}}})
     with pytest.raises(UserError, match="leave out completion"):
         Config.build({"data": {"prompts": ["a"], "logged": {}, "completion": "label"}})
+
+
+def test_a_logged_decision_keeps_the_chance_it_was_taken_with(folder: Path) -> None:
+    policy = ir.load_policy(str(folder))
+    rows = log(8)
+    groups = logged_groups(policy.prompts(rows, "prompt", 0), LoggedConfig(), policy)
+    for row, (text,) in zip(rows, groups, strict=True):
+        assert text.text == row["action"]
+        assert text.logprobs == [pytest.approx(math.log(row["propensity"]))]
+        assert text.stop == "ended"
+
+
+def test_the_log_says_nothing_of_what_was_not_done(folder: Path) -> None:
+    policy = ir.load_policy(str(folder))
+    texts = policy.sample(log(8), per_prompt=6, rewards=[logged()])
+    assert {text.text == text.info["action"] for text in texts} == {True, False}
+    for text in texts:
+        found = [mark.value for mark in text.marks]
+        assert found == ([text.info["reward"]] if text.text == text.info["action"] else [])
