@@ -26,7 +26,7 @@ from instant_reward.sampling.draw import Settings
 
 TASKS = {"film_labels": "film_sentences", "chinese_labels": "chinese_reviews"}
 WAYS: dict[str, list[str]] = {
-    "full information": ["data.completion=label", "algorithm.name=raft", "algorithm.baseline=null"],
+    "full information": ["data.completion=label", "algorithm.name=likelihood", "algorithm.baseline=null"],
     "bandit": [],
 }
 

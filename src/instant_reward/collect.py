@@ -343,7 +343,7 @@ def check_recorded(
             raise UserError(f"{where} has {len(rollout.token_ids)} tokens, and the model reads {room}; leave it out")
         foreign = max(rollout.token_ids) >= size
         if number < 8 and not foreign and all(rollout.mask[rollout.start :]):
-            foreign = _spelt(decoder.stream(rollout.prompt), rollout.token_ids[rollout.start :]) != rollout.text
+            foreign = spelt(decoder.stream(rollout.prompt), rollout.token_ids[rollout.start :]) != rollout.text
         if foreign:
             raise UserError(f"{where} is of another tokenizer than the model's; use that model, or other texts")
         if not any(rollout.mask):
@@ -362,7 +362,8 @@ def check_recorded(
         )
 
 
-def _spelt(stream: TextStream, ids: Sequence[int]) -> str:
+def spelt(stream: TextStream, ids: Sequence[int]) -> str:
+    """The text that a stream makes of actions."""
     return "".join(map(stream.push, ids)) + stream.flush()
 
 

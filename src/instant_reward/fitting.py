@@ -18,6 +18,7 @@ from instant_reward.collect import (
     check_recorded,
     prompts_of,
     recorded_groups,
+    spelt,
     written_rollout,
 )
 from instant_reward.config import Config, DataConfig
@@ -177,7 +178,7 @@ def predict(rollouts: Sequence[Rollout], policy: Policy, tokens_per_part: int) -
     found = likeliest(policy, batch, tokens_per_part)[0]
     decoder = policy.decoder()
     for row, rollout in enumerate(rollouts):
-        output = decoder.char_ends(found[row, batch.mask[row]].tolist())[0]
+        output = spelt(decoder.stream(rollout.prompt), found[row, batch.mask[row]].tolist())
         rollout.prompt = replace(rollout.prompt, info={**rollout.prompt.info, "output": output})
 
 

@@ -100,8 +100,9 @@ def test_it_learns_from_the_reward_of_the_chosen_label_alone(folder: Path, tmp_p
     assert sum(row["reward"] for row in done.metrics[-5:]) / 5 > 0.9
 
 
-def test_labels_of_the_data_are_imitated(folder: Path, tmp_path: Path) -> None:
-    done = run(folder, tmp_path / "run", steps=30, data={"completion": "label"}, algorithm={"name": "raft"})
+@pytest.mark.parametrize("algorithm", ["raft", "likelihood"])
+def test_labels_of_the_data_are_imitated(folder: Path, tmp_path: Path, algorithm: str) -> None:
+    done = run(folder, tmp_path / "run", steps=30, data={"completion": "label"}, algorithm={"name": algorithm})
     chosen = done.policy.sample([row["prompt"] for row in ROWS], temperature=0)
     assert [text.text for text in chosen] == [row["label"] for row in ROWS]
 
