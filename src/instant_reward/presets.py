@@ -122,13 +122,7 @@ def unused(config: AlgorithmConfig, preset: Preset) -> list[str]:
         "teacher": preset.loss != "none" if config.teacher is not None and config.teacher.whole else not likelihood,
         "stop_kl": sampled,
         "critic": preset.critic,
-        "importance": preset.loss == "doubly_robust"
-        or (
-            sampled
-            and preset.weigh != "best"
-            and preset.returns != "vtrace"
-            and (preset.loss, preset.ratio) in _WEIGHED
-        ),
+        "importance": _weighs(preset),
         "entropy": not likelihood if config.entropy_as == "reward" else preset.loss != "none",
         "soft_length": not likelihood,
         "skip_equal": not likelihood,
@@ -158,4 +152,9 @@ def unused(config: AlgorithmConfig, preset: Preset) -> list[str]:
     return idle + [f"critic.{key}" for key in own if getattr(config.critic, key) != getattr(default.critic, key)]
 
 
-_WEIGHED = [("policy_gradient", ratio) for ratio in ("token", "piece", "sequence")] + [("clipped", "decoupled")]
+def _weighs(preset: Preset) -> bool:
+    """Whether importance weights have a place in the loss: clipped losses have ratios of their own."""
+    if preset.loss == "clipped":
+        return preset.ratio == "decoupled"
+    plain = preset.loss == "policy_gradient" and preset.weigh != "best" and preset.returns != "vtrace"
+    return plain or preset.loss == "doubly_robust"
