@@ -2,8 +2,8 @@
 
     python benchmarks/decisions.py [--seeds 3] [--tasks film_labels chinese_labels]
 
-Writes results/decisions.json and results/decisions.md; a task that has been measured is not measured again unless it is
-named. Needs the packages that the recipes name.
+Writes results/decisions.json and results/decisions.md after each seed; what is in there is not measured again. Needs
+the packages that the recipes name.
 """
 
 from __future__ import annotations
@@ -61,26 +61,31 @@ def classical(task: str) -> float:
     return float(model.score([row["prompt"] for row in test], [row["label"] for row in test]))
 
 
-def measure(task: str, seeds: int) -> dict[str, Any]:
-    """Held-out accuracies of a task, a list over seeds for each way."""
+def begun(task: str) -> dict[str, Any]:
+    """What a task is measured on, and its baselines."""
     test = rows_of(task, "held_out")
     labels = [row["label"] for row in test]
-    most = max(map(labels.count, set(labels))) / len(labels)
-    found: dict[str, Any] = {
-        "rows": len(rows_of(task, "train")), "held_out": len(test), "commonest label": most, "tf-idf": classical(task)
-    }  # fmt: skip
+    return {
+        "rows": len(rows_of(task, "train")),
+        "held_out": len(test),
+        "commonest label": max(map(labels.count, set(labels))) / len(labels),
+        "tf-idf": classical(task),
+        **{key: [] for way in WAYS for key in (way, f"{way}, seconds")},
+    }
+
+
+def measure(task: str, seed: int, found: dict[str, Any]) -> None:
+    """Adds the held-out accuracy of each way with one seed."""
+    test = rows_of(task, "held_out")
     for way, overrides in WAYS.items():
-        found[way], found[f"{way}, seconds"] = [], []
-        for seed in range(seeds):
-            with tempfile.TemporaryDirectory() as folder:
-                more = [*overrides, f"seed={seed}", f"model.scratch.seed={seed}", f"out={folder}/run"]
-                config = ir.Config.load(RECIPES / f"{task}.yaml", more)
-                begun = time.perf_counter()
-                policy = ir.train(config).policy
-                found[f"{way}, seconds"].append(time.perf_counter() - begun)
-                found[way].append(accuracy(policy, test, config.model.max_context))
-            print(task, way, seed, found[way][-1], flush=True)
-    return found
+        with tempfile.TemporaryDirectory() as folder:
+            more = [*overrides, f"seed={seed}", f"model.scratch.seed={seed}", f"out={folder}/run"]
+            config = ir.Config.load(RECIPES / f"{task}.yaml", more)
+            start = time.perf_counter()
+            policy = ir.train(config).policy
+            found[f"{way}, seconds"].append(time.perf_counter() - start)
+            found[way].append(accuracy(policy, test, config.model.max_context))
+        print(task, way, seed, found[way][-1], flush=True)
 
 
 def page(results: dict[str, Any]) -> str:
@@ -92,18 +97,17 @@ def page(results: dict[str, Any]) -> str:
         "information`: the likelihood of the right label. Made by `benchmarks/decisions.py`.",
         "",
         (
-            "| task | rows, held out | commonest label | TF-IDF, logistic regression | full information | bandit |"
-            " seconds a run |"
+            "| task | rows, held out | seeds | commonest label | TF-IDF, logistic regression | full information |"
+            " bandit | seconds a run |"
         ),
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for task, one in results["tasks"].items():
         cells = [f"{statistics.mean(one[way]):.3f} ({min(one[way]):.3f} to {max(one[way]):.3f})" for way in WAYS]
         took = statistics.mean([*one["full information, seconds"], *one["bandit, seconds"]])
-        lines.append(
-            f"| `{task}` | {one['rows']}, {one['held_out']} | {one['commonest label']:.3f} | {one['tf-idf']:.3f} | "
-            f"{' | '.join(cells)} | {took:.0f} |"
-        )
+        first = [f"`{task}`", f"{one['rows']}, {one['held_out']}", str(len(one["bandit"]))]
+        plain = [f"{one[name]:.3f}" for name in ("commonest label", "tf-idf")]
+        lines.append(f"| {' | '.join([*first, *plain, *cells, f'{took:.0f}'])} |")
     return "\n".join([*lines, "", f"Measured on {results['machine']}.", ""])
 
 
@@ -116,10 +120,13 @@ def main() -> None:
     file: Path = RESULTS / "decisions.json"
     results = json.loads(file.read_text()) if file.is_file() else {"tasks": {}}
     results["machine"] = machine(1)
-    for task in given.tasks or [one for one in TASKS if one not in results["tasks"]]:
-        results["tasks"][task] = measure(task, given.seeds)
-        file.write_text(json.dumps(results, indent=1) + "\n")
-        (RESULTS / "decisions.md").write_text(page(results))
+    for task in given.tasks or TASKS:
+        found = results["tasks"].get(task) or begun(task)
+        for seed in range(len(found["bandit"]), given.seeds):  # a run that was cut off goes on where it was
+            measure(task, seed, found)
+            results["tasks"][task] = found
+            file.write_text(json.dumps(results, indent=1) + "\n")
+            (RESULTS / "decisions.md").write_text(page(results))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ USED: dict[str, tuple[dict[str, Any], set[str]]] = {
     "expectile": ({"expectile": 0.9}, {"ilql"}),
     "cql": ({"cql": 0.5}, {"ilql"}),
     "target_rate": ({"target_rate": 0.5}, {"ilql"}),
-    "pieces": ({"pieces": "word"}, set(PRESETS) - {"instant", "qac", "doubly_robust", "ilql", "raft"}),
+    "pieces": ({"pieces": "word"}, set(PRESETS) - {"instant", "qac", "doubly_robust", "ilql", "raft", "likelihood"}),
     "kl_horizon": ({"kl_horizon": 5}, set()),
     "baseline": ({"baseline": "running_mean"}, SAMPLED - LOOKING_AHEAD),
     "scale": ({"scale": "batch"}, SAMPLED),
