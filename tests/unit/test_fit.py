@@ -325,3 +325,17 @@ def test_long_texts_are_cut_or_split_where_that_is_asked_for(model: Path, tmp_pa
         rollouts("refuse")
     with pytest.raises(UserError, match=r"data\.too_long: awr judges whole texts"):
         prepare(config(model, tmp_path / "awr", {**data, "too_long": "cut"}, algorithm={"name": "awr"}), [length_of])
+
+
+def test_a_comparison_of_output_and_target_rates_given_texts_alone(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that learned by one can be sampled; scoring without a policy says what is missing."""
+    (tmp_path / "rules.py").write_text("def agree(output, target):\n    return 1.0 + (output == target)\n")
+    rule = f"{tmp_path / 'rules.py'}:agree"
+    run = ir.fit(config(model, tmp_path / "run", rewards=[rule]))
+    assert run.metrics[-1]["reward/agree"] >= 1.0
+    assert cli.main(["sample", str(run.path), "the movie", "--max-new-tokens", "3"]) == 0
+    (tmp_path / "texts.txt").write_text("fine\n")
+    assert cli.main(["score", "--reward", rule, str(tmp_path / "texts.txt")]) == 2
+    assert "which there is in fit alone" in capsys.readouterr().err

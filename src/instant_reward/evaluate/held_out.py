@@ -52,7 +52,7 @@ class HeldOut:
     def __init__(self, config: Config, rewards: Sequence[Reward], policy: Policy) -> None:
         assert config.evaluate.prompts is not None, "the config names no held-out prompts"
         self.config = config
-        self.rewards = list(rewards)
+        self.rewards = [one for one in rewards if one.takes != "pair"]  # those compare given texts
         self.held_out = [one.but(train=False) for one in assemble.build_rewards(config.evaluate.held_out)]
         rows = assemble.load_prompt_rows(config.evaluate.prompts)
         room = config.sampling.max_new_tokens

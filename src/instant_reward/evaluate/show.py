@@ -31,7 +31,7 @@ def sample_texts(options: argparse.Namespace) -> int:
     guide = options.guide or 0.0
     if (Path(options.model) / "config.yaml").is_file():
         policy, config = load_run_policy(options.model)
-        rewards = rewards or assemble.build_rewards(config.rewards)
+        rewards = rewards or [one for one in assemble.build_rewards(config.rewards) if one.takes != "pair"]
         guide = config.sampling.guide if options.guide is None else options.guide
     else:
         from instant_reward.policies.kinds import load_policy

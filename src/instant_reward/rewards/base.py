@@ -119,6 +119,8 @@ class Reward:
         if self.takes == "columns":
             return self._rate_columns(views)
         if self.takes == "pair":
+            if any("output" not in view.info for view in views):
+                raise UserError("it compares a given text with the policy's output, which there is in fit alone")
             return [self.function(view.info["output"], view.text) for view in views]
         if self.takes == "state":
             if self.batched:
