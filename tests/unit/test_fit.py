@@ -138,6 +138,8 @@ def test_a_resumed_run_is_the_unbroken_one(model: Path, tmp_path: Path, options:
 
     with Screen(7) as screen, pytest.raises(InterruptedError):
         learn(job, screen, killed)
+    again = prepare(whole, [length_of], resume=True)
+    assert again.course.best == min(row["held_out/perplexity"] for row in again.run.metrics), "it goes on counting"
     resumed = ir.fit(whole, rewards=[length_of], resume=True)
     assert plain(resumed.metrics) == plain(unbroken.metrics)
     assert weights(resumed) == weights(unbroken)
