@@ -15,7 +15,7 @@ from instant_reward.algorithms import Algorithm
 from instant_reward.batch import collate
 from instant_reward.config import Config, DataConfig, LoggedConfig
 from instant_reward.credit import Source
-from instant_reward.data import Prompts
+from instant_reward.data import Prompts, label_of
 from instant_reward.policies.policy import Policy
 from instant_reward.policies.teacher import check_template
 from instant_reward.presets import Preset
@@ -422,6 +422,8 @@ def actions_for(prompt: Prompt, column: str, policy: Policy, option: str = "data
         UserError: there is no such column, or its text is empty.
     """
     text = prompt.info.get(column)
+    if isinstance(text, int | float) and text == text:  # labels are often numbers; NaN is none
+        text = label_of(prompt.info, column)
     if not isinstance(text, str) or not text:
         raise UserError(f"{option}: prompt {prompt.id} has no text in its column {column!r}; correct the row")
     return policy.actions_of(text, prompt)

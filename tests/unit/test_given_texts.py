@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from exact import models
 from exact.turns import answered, by_parity
 from exact.world import World, chance
 from instant_reward.batch import collate
-from instant_reward.collect import check_recorded
+from instant_reward.collect import actions_for, check_recorded
 from instant_reward.config import Config
 from instant_reward.credit import Source
 from instant_reward.records import rollout_from_record, rollout_record
@@ -23,7 +24,7 @@ from instant_reward.rewards.base import as_rewards
 from instant_reward.rewards.scope import replay_groups
 from instant_reward.rewards.watch import Watch
 from instant_reward.sampling.draw import Settings
-from instant_reward.types import Rollout, UserError
+from instant_reward.types import Prompt, Rollout, UserError
 from tiny import tiny_folder, tiny_policy
 
 FINAL = ir.reward(every="end", name="final")(lambda view: chance(f"{view.text} {view.done}"))
@@ -192,3 +193,19 @@ def test_replayed_texts_are_the_live_ones() -> None:
     assert {stop for stop, _ in after} == {"ended", "stopped"}
     assert any(was == ("length", size) and stop == "stopped" for was, (stop, size) in zip(before, after, strict=True))
     assert any(size < was for (_, was), (_, size) in zip(before, after, strict=True))
+
+
+class TestNumbers:
+    @staticmethod
+    def written(value: object) -> list[Any]:
+        policy: Any = SimpleNamespace(actions_of=lambda text, prompt: [text])
+        return actions_for(Prompt("7", "a film", [1], info={"label": value}), "label", policy)
+
+    @pytest.mark.parametrize(("value", "text"), [(3, "3"), (1.0, "1"), (True, "1"), (0, "0")])
+    def test_a_label_that_is_a_number_is_read_as_its_text(self, value: object, text: str) -> None:
+        assert self.written(value) == [text]
+
+    @pytest.mark.parametrize("value", [None, "", float("nan")])
+    def test_nothing_is_no_label(self, value: object) -> None:
+        with pytest.raises(UserError, match=r"prompt 7 has no text in its column 'label'"):
+            self.written(value)
