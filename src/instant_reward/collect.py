@@ -315,7 +315,7 @@ def recorded_groups(path: str | Path) -> list[Group]:
         except json.JSONDecodeError as error:
             raise UserError(f"{file}, line {number} is not JSON ({error.msg}): mend that line") from None
         rollout = rollout_from_record(record)
-        key = (record.get("step"), rollout.group, tuple(rollout.prompt.token_ids))
+        key = (record.get("step"), rollout.group, tuple(rollout.prompt.token_ids), str(rollout.context))
         groups.setdefault(key, []).append(rollout)
     if not groups:
         raise UserError(f"data.rollouts: {file} holds no texts; name another file")

@@ -16,7 +16,11 @@ from instant_reward.policies.policy import Policy
 from instant_reward.types import UserError
 
 # Kind -> the function that loads it: (name, dtype, lora, place) -> Policy.
-KINDS = {"causal": "causal:load_causal", "classifier": "classifier:load_classifier"}
+KINDS = {
+    "causal": "causal:load_causal",
+    "classifier": "classifier:load_classifier",
+    "seq2seq": "seq2seq:load_seq2seq",
+}
 
 
 def load_policy(

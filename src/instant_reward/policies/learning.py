@@ -249,7 +249,14 @@ class Learning(ABC):
             save_file({k: v.detach().contiguous() for k, v in self._trained()}, folder / "adapter.safetensors")
         assert self.stepper is not None, "prepare the policy before it is saved in a checkpoint"
         if self.critic is not None:
-            save_file({key: value.contiguous() for key, value in self.critic.state_dict().items()}, folder / CRITIC)
+            # Copies, since a trunk's tied weights are two names of one tensor, which the format refuses.
+            save_file(
+                {
+                    key: value.clone(memory_format=torch.contiguous_format)
+                    for key, value in self.critic.state_dict().items()
+                },
+                folder / CRITIC,
+            )
         if self.reference_moved:
             save_file({key: value.contiguous() for key, value in self.reference_moved.items()}, folder / REFERENCE)
         torch.save(self.stepper.state_dict(), folder / "optimizer.pt")

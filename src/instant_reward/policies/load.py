@@ -9,10 +9,12 @@ import torch
 from instant_reward import models
 from instant_reward.notice import without_bars
 from instant_reward.policies import recurrent, transformer  # noqa: F401  importing them makes their kinds known
+from instant_reward.policies.encoder_decoder import check_parts
 from instant_reward.policies.states import trunk
 from instant_reward.types import UserError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
+SEQ2SEQ = "AutoModelForSeq2SeqLM"
 
 
 def load_model(name: str, compute: torch.dtype, place: str, kind: str = "AutoModelForCausalLM") -> tuple[Any, Any]:
@@ -39,23 +41,27 @@ def load_model(name: str, compute: torch.dtype, place: str, kind: str = "AutoMod
         raise UserError(f"the model in {folder} cannot be loaded: {_first_line(error)}; check the folder") from error
 
 
-def load_beside(name: str, compute: torch.dtype, place: str, tokenizer: Any, what: str) -> Any:
+def load_beside(name: str, compute: torch.dtype, place: str, tokenizer: Any, what: str, seq2seq: bool = False) -> Any:
     """Another model for the same tokens: a teacher or a critic's trunk.
 
     Args:
         tokenizer: the policy's.
         what: the option that named it, for the message.
+        seq2seq: it must be an encoder-decoder, as the policy is; else causal.
 
     Raises:
-        UserError: where its tokenizer is another one.
+        UserError: where its tokenizer is another one, or it is of another kind.
     """
-    model, own = load_model(name, compute, place)
+    model, own = load_model(name, compute, place, SEQ2SEQ if seq2seq else "AutoModelForCausalLM")
     if own.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"{what}: {name} has another tokenizer than the policy, so it cannot read its tokens; use another"
         )
-    check_attention(model)
-    check_head(model)
+    if seq2seq:
+        check_parts(model)
+    else:
+        check_attention(model)
+        check_head(model)
     return model.eval().requires_grad_(False)
 
 
@@ -65,22 +71,21 @@ def with_lora(
     alpha: float = 32.0,
     dropout: float = 0.0,
     targets: str | list[str] = "all-linear",
+    task: str = "CAUSAL_LM",
 ) -> Any:
-    """The model in its peft wrapper, with an adapter of low rank to train."""
+    """The model in its peft wrapper, with an adapter of low rank to train; ``task`` is peft's name for its kind."""
     try:
         import peft
     except ModuleNotFoundError as error:
         raise UserError("model.lora needs the package peft; run: pip install 'instant-reward[lora]'") from error
-    if isinstance(trunk(model), recurrent.RecurrentTrunk):
+    if task == "CAUSAL_LM" and isinstance(trunk(model), recurrent.RecurrentTrunk):
         raise UserError("model.lora: a recurrent model takes no adapter; leave it out to train all weights")
     if dropout:
         raise UserError(
             "model.lora.dropout must be 0: dropout makes the trainer's log-probabilities differ from the sampler's"
         )
     scale: Any = alpha  # peft says that it must be an integer, and takes any number
-    settings = peft.LoraConfig(
-        r=rank, lora_alpha=scale, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
-    )
+    settings = peft.LoraConfig(r=rank, lora_alpha=scale, lora_dropout=0.0, target_modules=targets, task_type=task)
     wrapped = peft.get_peft_model(model, settings)
     if hasattr(model.get_output_embeddings(), "base_layer"):
         raise UserError(

@@ -11,7 +11,7 @@ from instant_reward.types import Prompt, Rollout, UserError
 
 
 def shown_to_teacher(rollouts: Sequence[Rollout], sees: str, tokenizer: Any, pad_id: int, context: int) -> Batch:
-    """The same texts behind the prompts that the teacher reads.
+    """The same texts behind the prompts that the teacher reads; from the sources that it reads, where there are any.
 
     Args:
         sees: a template over ``{prompt}`` and the columns of the prompt's data.
@@ -33,10 +33,11 @@ def shown_to_teacher(rollouts: Sequence[Rollout], sees: str, tokenizer: Any, pad
                     "template some text of its own"
                 )
         changed.append(_behind(rollout, text, cache[text]))
-        if len(changed[-1].token_ids) > context:
+        read = len(changed[-1].context or changed[-1].token_ids)
+        if read > context:
             raise UserError(
-                f"algorithm.teacher.sees: for prompt {rollout.prompt.id} the teacher would have to read "
-                f"{len(changed[-1].token_ids)} tokens and can read {context}; shorten the template or the column"
+                f"algorithm.teacher.sees: for prompt {rollout.prompt.id} the teacher would have to read {read} tokens "
+                f"and can read {context}; shorten the template or the column"
             )
     return collate(changed, pad_id=pad_id)
 
@@ -59,7 +60,9 @@ def _filled(sees: str, prompt: Prompt) -> str:
 
 
 def _behind(rollout: Rollout, text: str, ids: list[int]) -> Rollout:
-    """The rollout with its prompt replaced; everything per token moves along."""
+    """The rollout with its prompt replaced; everything per token moves along. Of a source's text nothing moves."""
+    if rollout.context is not None:
+        return replace(rollout, prompt=replace(rollout.prompt, text=text, context=ids), marks=[])
     start, shift = rollout.start, len(ids)
     return replace(
         rollout,

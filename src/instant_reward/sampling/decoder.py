@@ -139,7 +139,7 @@ class ModelDecoder:
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
         self.copies = dtype == torch.bfloat16
-        self.model = _bfloat16_copy(model) if self.copies else model
+        self.model = bfloat16_copy(model) if self.copies else model
 
     @torch.no_grad()
     def load(self, model: Any) -> None:
@@ -193,7 +193,7 @@ class ModelDecoder:
         return getattr(self.model, self.model.base_model_prefix)
 
 
-def _bfloat16_copy(model: Any) -> Any:
+def bfloat16_copy(model: Any) -> Any:
     """Buffers stay as they are: in bfloat16 the frequencies of rotary positions would be other ones."""
     twin = copy.deepcopy(model).requires_grad_(False)
     for parameter in twin.parameters():
@@ -203,6 +203,10 @@ def _bfloat16_copy(model: Any) -> Any:
 
 def decoder_of(model: Any, dtype: torch.dtype) -> Decoder:
     """The faster decoder that fits a model."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        from instant_reward.sampling.seq2seq import Seq2SeqDecoder
+
+        return Seq2SeqDecoder(model, dtype)
     if isinstance(getattr(model, model.base_model_prefix), RecurrentTrunk):
         return RecurrentDecoder(model, dtype)
     shape = shape_of(getattr(model, model.base_model_prefix))

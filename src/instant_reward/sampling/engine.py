@@ -93,7 +93,7 @@ class _Stream(LiveStream):
         chosen: list[list[Text]] = []
         longest = 0
         while waiting and free > 0:
-            longest = max(longest, len(waiting[0][0].prompt.token_ids))
+            longest = max(longest, _to_read(waiting[0][0].prompt))
             if chosen and longest * (len(chosen) + 1) > PREFILL_TOKENS:
                 break
             siblings = waiting.popleft()
@@ -125,3 +125,8 @@ class _Stream(LiveStream):
         last = self.active.pop()
         if slot < len(self.active):
             self.active[slot] = last
+
+
+def _to_read(prompt: Prompt) -> int:
+    """How many tokens a prefill reads: the prompt's, and its source's where an encoder reads one."""
+    return len(prompt.token_ids) + len(prompt.context or ())
