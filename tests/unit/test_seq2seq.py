@@ -303,7 +303,9 @@ def likes_source(view: ir.View) -> float:
     return float(view.piece == view.prompt.text[0])
 
 
-def trained(folder: Path, out: Path, algorithm: str = "rloo", rewards: Any = None, **changes: Any) -> ir.Run:
+def trained(
+    folder: Path, out: Path, algorithm: str = "rloo", rewards: Any = None, resume: bool = False, **changes: Any
+) -> ir.Run:
     """A short run; ``changes`` by dotted paths, a double underscore for each dot."""
     values: dict[str, Any] = {
         "model": {"name": str(folder), "dtype": "float32"},
@@ -319,18 +321,18 @@ def trained(folder: Path, out: Path, algorithm: str = "rloo", rewards: Any = Non
         for parent in parents:
             place = place.setdefault(parent, {})
         place[name] = value
-    return ir.train(ir.Config.build(values), rewards=rewards or [likes_source])
+    return ir.train(ir.Config.build(values), rewards=rewards or [likes_source], resume=resume)
 
 
 class TestTraining:
     @pytest.mark.parametrize(
         ("algorithm", "changes"),
         [
-            ("grpo", {"algorithm__kl": 0.1}),
+            ("rloo", {"algorithm__kl": 0.1}),
             ("ppo", {"algorithm__kl": 0.1}),
             ("a2c", {"algorithm__critic__model": "head"}),
             ("qac", {}),
-            ("vtrace", {"train__replay": 1}),
+            ("vtrace", {"train__replay": {"groups": 1, "staleness": 2}}),
             ("distill", {"algorithm__teacher__sees": "a{prompt}"}),
         ],
     )
@@ -340,7 +342,8 @@ class TestTraining:
         folder = seq2seq_folder(tmp_path / "model", kind)
         run = trained(folder, tmp_path / "run", algorithm=algorithm, train__save_every=1, **changes)
         assert len(run.metrics) == 3
-        assert all(abs(row["sampler_gap"]) < 1e-4 for row in run.metrics if "sampler_gap" in row)
+        if "train__replay" not in changes:  # older texts are another policy's
+            assert all(abs(row["sampler_gap"]) < 1e-4 for row in run.metrics)
         started = load_policy(str(folder)).model.state_dict()
         moved = [name for name, now in run.policy.model.state_dict().items() if not torch.equal(now, started[name])]
         assert any("encoder" in name for name in moved)
@@ -355,9 +358,8 @@ class TestTraining:
         folder = seq2seq_folder(tmp_path / "model", kind)
         options: dict[str, Any] = {"algorithm": algorithm, "algorithm__kl": 0.05, "train__save_every": 2}
         whole = trained(folder, tmp_path / "whole", train__steps=4, **options)
-        cut = trained(folder, tmp_path / "cut", train__steps=2, **options)
-        longer = ir.Config.load(cut.path / "config.yaml", ["train.steps=4"])
-        resumed = ir.train(longer, rewards=[likes_source], resume=True)
+        trained(folder, tmp_path / "cut", train__steps=2, **options)
+        resumed = trained(folder, tmp_path / "cut", train__steps=4, resume=True, **options)
         for name, weight in whole.policy.model.state_dict().items():
             assert torch.equal(weight, resumed.policy.model.state_dict()[name]), name
 
@@ -373,14 +375,15 @@ class TestTraining:
             return found
 
         changes = {"data__completion": "target", "train__steps": 40, "train__group_size": 1, "rewards": [always]}
-        run = trained(folder, tmp_path / "run", algorithm="rwr", **changes)
+        run = trained(folder, tmp_path / "run", algorithm="raft", **changes)
         assert odds(run.policy) > odds(load_policy(str(folder))) + 5.0
 
     def test_it_learns_what_its_source_asks_for(self, kind: str, tmp_path: Path) -> None:
-        """Of five tokens the first letter of the source: by chance about half a token."""
+        """Of five tokens the first letter of the source; one letter for all sources would earn 1.25."""
         folder = seq2seq_folder(tmp_path / "model", kind)
-        size = {"steps": 60, "prompts_per_step": 4, "group_size": 8, "learning_rate": 1e-2}
-        run = trained(folder, tmp_path / "run", **{f"train__{name}": value for name, value in size.items()})
+        size = {"steps": 60, "prompts_per_step": 4, "group_size": 8}
+        changes = {f"train__{name}": value for name, value in size.items()}
+        run = trained(folder, tmp_path / "run", data__prompts=["abc de", "cab", "edcba ab", "b"], **changes)
         assert sum(row["reward"] for row in run.metrics[-5:]) / 5 > 3.5
 
     def test_saved_it_is_what_transformers_loads(self, kind: str, tmp_path: Path) -> None:
@@ -421,7 +424,7 @@ class TestTraining:
 
     def test_the_commands_take_a_folder(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder = seq2seq_folder(tmp_path / "model", "t5")
-        assert main(["sample", str(folder), "--prompt", "abc", "--max-new-tokens", "4"]) in (0, None)
+        assert main(["sample", str(folder), "abc", "--max-new-tokens", "4"]) in (0, None)
         assert capsys.readouterr().out
 
 
