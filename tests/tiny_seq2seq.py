@@ -71,8 +71,8 @@ def t5_gated() -> Any:
     """As T5 1.1 has it: gated layers, an output head of its own, nothing scaled."""
     config = T5Config(
         **IDS, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=2,
-        decoder_start_token_id=IDS["pad_token_id"], initializer_factor=0.4, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-        scale_decoder_outputs=False,
+        decoder_start_token_id=IDS["pad_token_id"], initializer_factor=0.6, feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False, scale_decoder_outputs=False,
     )  # fmt: skip
     return _norms(T5ForConditionalGeneration(config))
 

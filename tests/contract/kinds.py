@@ -21,6 +21,7 @@ from instant_reward.rewards.watch import Watch
 from instant_reward.text import TextDecoder
 from instant_reward.types import Prompt, Rollout
 from tiny import exact, tiny_gpt2, tiny_llama, tiny_own, tiny_policy
+from tiny_seq2seq import tiny_seq2seq
 
 LETTERS = ("a", "b", "<end>")
 
@@ -150,6 +151,44 @@ def own(kind: str, dtype: torch.dtype, **shape: Any) -> Policy:
     return tiny_policy(tiny_own(kind, dtype=dtype, **shape), dtype)
 
 
+@ir.reward(every="token")
+def writes_b(view: ir.View) -> float:
+    """The same for models of five letters."""
+    return 1.0 if "b" in view.piece else 0.0
+
+
+def from_sources(policy: Policy, rollouts: Sequence[Rollout]) -> Tensor:
+    """The chances of an encoder-decoder's texts, each in a forward pass of its own."""
+    found = []
+    for rollout in rollouts:
+        ids, source = torch.tensor([rollout.token_ids]), torch.tensor([rollout.context])
+        table = policy.model(input_ids=source, decoder_input_ids=ids[:, :-1], use_cache=False).logits.log_softmax(-1)
+        each = table.gather(2, ids[:, 1:, None])[0, :, 0]
+        found.append(each[torch.tensor(rollout.mask[1:])].sum().exp())
+    return torch.stack(found)
+
+
+def few_from_a_source(shape: str) -> tuple[Policy, Prompt]:
+    """An encoder-decoder of nine actions, and a source."""
+    policy = tiny_seq2seq(shape)
+    return policy, policy.prompts([{"prompt": "ab"}], "prompt", 2)[0]
+
+
+def seq2seq(shape: str) -> Kind:
+    """The entry of an encoder-decoder's shape."""
+    return Kind(
+        shape,
+        partial(tiny_seq2seq, shape),
+        partial(few_from_a_source, shape),
+        from_sources,
+        longest=2,
+        rows=({"prompt": "abc de"}, {"prompt": "a"}, {"prompt": "edcba ab cde"}),
+        sample={"max_new_tokens": 10, "rows": 5, "stop": ["e", "c"], "temperature": 1.5},
+        reward=writes_b,
+        level=5.5,
+    )
+
+
 SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.5}
 CELLS = {"hidden_size": 8, "cell_size": 6, "num_hidden_layers": 2, "initializer_range": 0.9}
 KINDS = [
@@ -173,4 +212,7 @@ KINDS = [
         partial(few_letters, "recurrent", cell="gru", tie_word_embeddings=False, **CELLS),
         by_torchs_cells,
     ),
+    seq2seq("t5"),
+    seq2seq("bart"),
+    seq2seq("berts"),
 ]

@@ -110,7 +110,7 @@ def test_saved_and_loaded_it_says_the_same(kind: Kind, dtype: torch.dtype, tmp_p
     again = ir.load_policy(str(tmp_path / "policy"), dtype=str(dtype).removeprefix("torch."))
     assert type(again) is type(policy)
     # transformers' own norms compute in float32, also in a float64 model.
-    near = 1e-5 if kind.name == "llama" else 1e-12
+    near = 1e-5 if kind.name in ("llama", "t5") else 1e-12
     assert torch.allclose(read(again, batch), read(policy, batch), atol=near, rtol=0)
     texts = [[one.text for one in sampled(kind, which)] for which in (policy, again)]
     assert texts[0] == texts[1]

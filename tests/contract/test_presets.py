@@ -1,4 +1,4 @@
-"""Every preset, with the critics that it may have and a reference, trains the library's own models."""
+"""Every preset, with the critics that it may have and a reference, trains each kind of model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import instant_reward as ir
 from instant_reward.presets import PRESETS
 from tiny import tiny_folder, tiny_llama, tiny_own
+from tiny_seq2seq import seq2seq_folder
 
 torch.set_num_threads(1)
 PROMPTS = [
@@ -64,8 +65,10 @@ def test_every_preset_is_here() -> None:
     assert {case["name"] for case in CASES} == set(PRESETS)
 
 
-@pytest.fixture(scope="module", params=OWN)
+@pytest.fixture(scope="module", params=[*OWN, "t5"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param not in OWN:
+        return seq2seq_folder(tmp_path_factory.mktemp(request.param), request.param)
     kind, shape = OWN[request.param]
     return tiny_folder(tmp_path_factory.mktemp(request.param), tiny_own(kind, dtype=torch.float32, **shape))
 

@@ -378,6 +378,7 @@ class TestTraining:
         run = trained(folder, tmp_path / "run", algorithm="raft", **changes)
         assert odds(run.policy) > odds(load_policy(str(folder))) + 5.0
 
+    @pytest.mark.parametrize("kind", ["t5", "bart", "marian", "berts"])
     def test_it_learns_what_its_source_asks_for(self, kind: str, tmp_path: Path) -> None:
         """Of five tokens the first letter of the source; one letter for all sources would earn 1.25."""
         folder = seq2seq_folder(tmp_path / "model", kind)
