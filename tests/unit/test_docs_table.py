@@ -320,7 +320,7 @@ LOGGED: dict[str, Callable[[AlgorithmConfig, Preset], bool]] = {
     "`kl` above 0, texts of its own": lambda config, preset: config.kl > 0 and preset.loss != "likelihood",
     "a teacher, texts of its own": lambda config, preset: config.teacher is not None,
     "`entropy_target`, from the second step": lambda config, preset: config.entropy_target is not None,
-    "tokens are learned from": lambda config, preset: preset.loss not in ("all_actions", "ilql", "none"),
+    "tokens are learned from": lambda config, preset: preset.loss not in ("all_actions", "ilql", "likelihood", "none"),
     "loss `clipped` or `cispo`": lambda config, preset: preset.loss in ("clipped", "cispo"),
     _RATIOS: lambda config, preset: (
         config.importance is not None or config.name in ("doubly_robust", "vtrace", "decoupled_ppo", "gspo")

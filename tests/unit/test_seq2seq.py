@@ -342,7 +342,7 @@ class TestTraining:
         folder = seq2seq_folder(tmp_path / "model", kind)
         run = trained(folder, tmp_path / "run", algorithm=algorithm, train__save_every=1, **changes)
         assert len(run.metrics) == 3
-        if "train__replay" not in changes:  # older texts are another policy's
+        if algorithm != "qac" and "train__replay" not in changes:  # which compare no log-probabilities; older texts
             assert all(abs(row["sampler_gap"]) < 1e-4 for row in run.metrics)
         started = load_policy(str(folder)).model.state_dict()
         moved = [name for name, now in run.policy.model.state_dict().items() if not torch.equal(now, started[name])]
