@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import instant_reward as ir
+from deciding import tiny_classifier
 from instant_reward.policies.causal import CausalPolicy
 from instant_reward.policies.policy import Policy
 from instant_reward.rewards.base import as_rewards
 from instant_reward.rewards.watch import Watch
-from instant_reward.text import TextDecoder
 from instant_reward.types import Prompt, Rollout
 from tiny import exact, tiny_gpt2, tiny_llama, tiny_own, tiny_policy
 from tiny_seq2seq import tiny_seq2seq
@@ -32,6 +32,12 @@ def writes_o(view: ir.View) -> float:
     return 1.0 if "o" in view.piece else 0.0
 
 
+@ir.reward(every="end")
+def right(view: ir.View) -> float:
+    """Whether the label is the row's."""
+    return float(view.text == view.info["label"])
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of policy.
@@ -40,7 +46,7 @@ class Kind:
         policy: a small one, whose texts differ in length; with float64 every operation is float64.
         few: one in float64 with so few actions that all its texts are enumerated, and a prompt for it.
         chances: the probabilities of texts ``[N]`` with gradient, by the model alone: nothing of the policy is used.
-        longest: how many actions a text of ``few`` has at most.
+        longest: how many actions a text of ``few`` has at most; 1 where every text has one.
         rows: prompts of different lengths.
         sample: further options of ``Policy.sample``, with which texts end at different times.
         sections: of the config of a training run on ``rows``, without model, steps and folder.
@@ -69,7 +75,7 @@ def every_text(policy: Policy, prompt: Prompt, longest: int, rewards: Sequence[A
         if not any(one in policy.end_ids for one in actions[:-1])
         and (length == longest or actions[-1] in policy.end_ids)
     ]
-    watch, first = Watch(as_rewards(rewards), TextDecoder(policy.tokenizer)), len(prompt.token_ids)
+    watch, first = Watch(as_rewards(rewards), policy.decoder()), len(prompt.token_ids)
     found = []
     for number, actions in enumerate(texts):
         watch.open(number, prompt)
@@ -87,7 +93,7 @@ def every_text(policy: Policy, prompt: Prompt, longest: int, rewards: Sequence[A
                 text=characters,
                 marks=marks,
                 versions=[-1] * first + [0] * len(actions),
-                stop="ended" if actions[-1] in policy.end_ids else "length",
+                stop="ended" if policy.over(actions, prompt) else "length",
             )
         )
     return found
@@ -102,6 +108,21 @@ def by_the_model(policy: Policy, rollouts: Sequence[Rollout]) -> Tensor:
         each = table.gather(2, ids[:, 1:, None])[0, :, 0]
         found.append(each[torch.tensor(rollout.mask[1:])].sum().exp())
     return torch.stack(found)
+
+
+def by_labels(policy: Policy, rollouts: Sequence[Rollout]) -> Tensor:
+    """The chances of a classifier's labels, each in a forward pass of its own."""
+    found = []
+    for rollout in rollouts:
+        read = policy.tokenizer(rollout.prompt.text, return_tensors="pt")
+        found.append(policy.model(**read).logits.softmax(-1)[0, rollout.token_ids[0]])
+    return torch.stack(found)
+
+
+def one_text() -> tuple[Policy, Prompt]:
+    """A classifier, and a text for it."""
+    policy = tiny_classifier()
+    return policy, policy.prompts([{"prompt": "the film was great"}], "prompt", 1)[0]
 
 
 def by_torchs_cells(policy: Policy, rollouts: Sequence[Rollout]) -> Tensor:
@@ -215,4 +236,20 @@ KINDS = [
     seq2seq("t5"),
     seq2seq("bart"),
     seq2seq("berts"),
+    Kind(
+        "classifier",
+        tiny_classifier,
+        one_text,
+        by_labels,
+        longest=1,
+        rows=(
+            {"prompt": "the film was great", "label": "good"},
+            {"prompt": "slow", "label": "bad"},
+            {"prompt": ["a film", "not a joy"], "label": "bad"},
+        ),
+        sample={"max_new_tokens": 10, "rows": 5},
+        sections={"sampling": {"max_new_tokens": 1}},
+        reward=right,
+        level=0.9,
+    ),
 ]

@@ -52,7 +52,8 @@ def test_what_was_sampled_has_the_chance_it_was_sampled_with(kind: Kind, dtype: 
         batch = batch_of(policy, rollouts)
         gap = (read(policy, batch) - batch.old_logprobs).abs()
         assert float(gap[batch.mask].max()) <= NEAR[dtype], options
-        assert len({sum(rollout.mask) for rollout in rollouts}) > 2, "texts must leave at different times"
+        lengths = {sum(rollout.mask) for rollout in rollouts}
+        assert len(lengths) > 2 or kind.longest == 1, "texts must leave at different times"
         other = replace(batch, temperature=batch.temperature * 1.1)
         assert float((read(policy, other) - batch.old_logprobs).abs()[batch.mask].max()) > 1e-3
 
@@ -89,7 +90,7 @@ def test_padding_and_company_change_nothing(kind: Kind) -> None:
         width = alone.token_ids.shape[1]
         assert torch.allclose(read(policy, alone), whole[row : row + 1, :width], atol=1e-10, rtol=0), row
     beyond = torch.arange(batch.token_ids.shape[1]) >= batch.length[:, None]
-    assert beyond.any()
+    assert beyond.any() or kind.longest == 1
     assert torch.allclose(
         read(policy, replace(batch, token_ids=batch.token_ids.masked_fill(beyond, 1))), whole, atol=1e-10, rtol=0
     )
