@@ -196,6 +196,12 @@ def test_bad_rows_are_named(folder: Path, tmp_path: Path) -> None:
         run(folder, tmp_path / "run", data={"prompts": rows, "completion": "label"}, algorithm={"name": "raft"})
 
 
+def test_a_decision_about_nothing_is_refused(folder: Path, tmp_path: Path) -> None:
+    given = {"completion": "label", "column": None}
+    with pytest.raises(UserError, match=r"data\.column: a decision is about something"):
+        run(folder, tmp_path / "run", data=given, algorithm={"name": "likelihood"})
+
+
 def test_texts_are_cut_off_where_that_is_asked_for() -> None:
     policy = tiny_classifier()
     (prompt,) = policy.prompts([{"prompt": "film " * 40}], "prompt", 1, most=10)

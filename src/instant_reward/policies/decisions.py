@@ -8,7 +8,7 @@ of such policies says how it reads contexts (``read``) and what the next action 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -89,6 +89,10 @@ class DecisionPolicy(Policy):
         from instant_reward.sampling.decisions import DecisionSampler
 
         return DecisionSampler(self, settings, version)
+
+    def unprompted(self, rows: Sequence[Mapping[str, Any]]) -> list[Prompt]:
+        """See ``Policy``: there is nothing to decide about."""
+        raise UserError("data.column: a decision is about something; name the column that holds it, such as prompt")
 
     def head(self, model: Any, batch: Batch, read: Batch | None = None) -> terms.Distribution:
         """See ``Learning``."""
