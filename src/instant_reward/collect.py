@@ -449,6 +449,7 @@ def written_rollout(prompt: Prompt, ids: Sequence[int], number: int, policy: Pol
     watch = Watch([], decoder)
     watch.open(number, prompt)
     watch.feed(number, ids, True)
+    drafts = watch.drafts(number)
     characters, char_ends, _ = watch.close(number)
     first = len(prompt.token_ids)
     return Rollout(
@@ -463,5 +464,6 @@ def written_rollout(prompt: Prompt, ids: Sequence[int], number: int, policy: Pol
         marks=[],
         versions=[-1] * first + [0] * len(ids),
         stop="ended" if policy.over(ids, prompt) else "length",
+        drafts=drafts,
         info=prompt.info,
     )

@@ -46,6 +46,7 @@ def rollout_record(rollout: Rollout) -> dict[str, Any]:
         "forbidden_end": rollout.forbidden_end,
         "reshaped": rollout.reshaped,
         "at_limit": rollout.at_limit,
+        "drafts": None if rollout.drafts is None else list(rollout.drafts),
         "info": _plain(rollout.info),
     }
 
@@ -95,6 +96,7 @@ def _rebuild(record: Mapping[str, Any]) -> Rollout:
         forbidden_end=int(record.get("forbidden_end", 0)),
         reshaped=bool(record.get("reshaped", False)),
         at_limit=bool(record.get("at_limit", False)),
+        drafts=None if record.get("drafts") is None else [_string(draft) for draft in record["drafts"]],
         info=dict(record.get("info") or {}),
     )
 
@@ -114,6 +116,8 @@ def _check(rollout: Rollout) -> None:
         allowed = ", ".join(get_args(StopReason))
         raise UserError(f"the record of sample {rollout.id} has stop={rollout.stop!r}; it must be one of {allowed}.")
     lengths = {name: len(getattr(rollout, name)) for name in PER_TOKEN}
+    if rollout.drafts is not None:
+        lengths["drafts"] = len(rollout.drafts) + rollout.start
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise UserError(

@@ -86,8 +86,9 @@ class View:
     """The text so far, as a reward function sees it: it ends with the newest piece and cannot show the future.
 
     Attributes:
-        text: the sampled characters so far, the newest piece included.
-        piece: the newest piece (the last characters of ``text``).
+        text: the sampled characters so far, the newest piece included. Where an action changes a text in its middle
+            (a masked model's fill): the whole text as it stands.
+        piece: the newest piece (the last characters of ``text``); of such a text all of it, at every action.
         prompt: what the text continues.
         info: the data set's other columns.
         done: whether the text has ended with this piece.
@@ -122,6 +123,8 @@ class Rollout:
         versions: the policy version that sampled each token (-1 where the mask is off).
         stop: "ended" by the end token or a stop string, "length" when cut off, "stopped" by a reward.
         at_limit: its last token was the last one allowed, whatever ended it: rewards were told so while it was written.
+        drafts: the whole text after each sampled action, where an action changes it in its middle; None where it only
+            grows. No character is certain before the last action then: ``char_ends`` are 0 up to it.
         forbidden_end: for how many sampled tokens the end token was forbidden (``min_new_tokens``).
         reshaped: drawn from something else than the policy's softmax (top-k, top-p, guided), so that ratios to what
             ``logprobs`` say of it are no importance weights.
@@ -142,6 +145,7 @@ class Rollout:
     forbidden_end: int = 0
     reshaped: bool = False
     at_limit: bool = False
+    drafts: list[str] | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -20,6 +20,8 @@ class Change:
     discount below 1 it is another objective, in which effects soon after a word count more.
     """
 
+    rereads = True
+
     def __init__(self, score: Callable[[Any], Any], batched: bool) -> None:
         self.score = score
         self.batched = batched

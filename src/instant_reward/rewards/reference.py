@@ -50,6 +50,7 @@ class Metric(ABC):
 
     name: str = "metric"
     stops = False
+    rereads = True
     compares: str = "words"
 
     def __init__(self, reference: str = "reference", change: bool = False) -> None:
@@ -69,6 +70,8 @@ class Metric(ABC):
 
     def extend(self, state: Growing, view: View) -> float:
         """The score of the text up to this piece; with ``change``, how much it rose since the last one."""
+        if len(view.piece) == len(view.text) and state.read:  # all of it is new: it was changed in its middle
+            state.running, state.read = self._begin(self._column(view.prompt), f"prompt {view.prompt.id}"), 0
         before, state.score = state.score, state.running.add(view.text[state.read :])
         state.read = len(view.text)
         return state.score - before if self.change else state.score

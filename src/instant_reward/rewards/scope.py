@@ -50,7 +50,12 @@ def _cut(rollout: Rollout, length: int) -> None:
     ended = rollout.stop == "ended" and whole
     for name in ("token_ids", "mask", "logprobs", "char_ends", "versions"):
         setattr(rollout, name, getattr(rollout, name)[:length])
-    rollout.text = rollout.text[: rollout.char_ends[-1]]
+    if rollout.drafts is None:
+        rollout.text = rollout.text[: rollout.char_ends[-1]]
+    else:
+        rollout.drafts = rollout.drafts[: length - rollout.start]
+        rollout.text = rollout.drafts[-1]
+        rollout.char_ends[-1] = len(rollout.text)
     rollout.stop = "ended" if ended else "stopped"
     rollout.at_limit = rollout.at_limit and whole
 

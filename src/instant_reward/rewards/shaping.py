@@ -26,6 +26,7 @@ class Potential:
     """
 
     sees_end = True
+    rereads = True
 
     def __init__(self, phi: Callable[[Any], Any], discount: float, batched: bool) -> None:
         self.phi = phi

@@ -11,11 +11,22 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
 from instant_reward.rewards.base import Reward, as_rewards
 from instant_reward.text import Decoder, Pieces, TextStream, token_range
 from instant_reward.types import Mark, Prompt, RewardError, Rollout, Span, Stop, UserError, View
+
+
+@runtime_checkable
+class DraftStream(TextStream, Protocol):
+    """A text that an action may change in its middle: all of its characters are held back until it is flushed.
+
+    Attributes:
+        draft: the whole text as it stands.
+    """
+
+    draft: str
 
 
 @dataclass
@@ -35,6 +46,7 @@ class _Row:
     char_ends: list[int]
     sampled: list[int]  # how many tokens the policy sampled, up to and with each token: others may have written some
     text: str = ""
+    drafts: list[str] | None = None  # of a text that is changed in its middle: all of it, after each token
     marks: list[Mark] = field(default_factory=list)
     stopped_by: set[int] = field(default_factory=set)
     finished: bool = False
@@ -86,10 +98,18 @@ class Watch:
 
     def open(self, row: Any, prompt: Prompt) -> None:
         """Begins a text; ``row`` is the engine's own name for it."""
+        self._open(row, prompt, self.decoder.stream(prompt) if self.decoder else None)
+
+    def _open(self, row: Any, prompt: Prompt, stream: TextStream | None, redrawn: bool = False) -> None:
+        """``open``; of a replay ``redrawn`` says that the text has drafts."""
         first = len(prompt.token_ids)
+        redrawn = redrawn or isinstance(stream, DraftStream)
+        if redrawn:
+            self._check_redrawn(prompt)
         self._rows[row] = _Row(
             prompt=prompt,
-            stream=self.decoder.stream(prompt) if self.decoder else None,
+            stream=stream,
+            drafts=[] if redrawn else None,
             cursors=[_Cursor(0, first) for _ in self._ways],
             states=[self._start(one, prompt) for one in self.rewards],
             char_ends=[0] * first,
@@ -123,6 +143,10 @@ class Watch:
             for row, count in zip(rows, before, strict=True)
         ]
 
+    def drafts(self, row: Any) -> list[str] | None:
+        """Of a text that is not closed yet: ``Rollout.drafts``."""
+        return self._rows[row].drafts
+
     def close(self, row: Any) -> tuple[str, list[int], list[Mark]]:
         """Forgets a text; returns its characters, ``char_ends`` ``[L]`` and marks."""
         closed = self._rows.pop(row)
@@ -144,10 +168,23 @@ class Watch:
         except Exception as error:
             raise self._wrong(one, prompt, f"raised {type(error).__name__} in start: {error}") from error
 
+    def _check_redrawn(self, prompt: Prompt) -> None:
+        """Refuses rewards that remember how far they have read a text that may be changed before that."""
+        for one, way in zip(self.rewards, self._way_of, strict=True):
+            remembers = one.takes == "state" and not getattr(one.function, "rereads", False)
+            if remembers and self._ways[way].by_tokens is not None:
+                raise self._wrong(
+                    one, prompt, "reads a text that only grows, and here each action may change its middle; use "
+                    "every='end', or give the score to ir.change"
+                )  # fmt: skip
+
     @staticmethod
     def _characters(row: _Row, token_id: int, last: bool) -> str:
         assert row.stream is not None, "a watch without a decoder replays; it is fed by `replay`"
         characters = row.stream.push(token_id)
+        if row.drafts is not None:
+            row.drafts.append(cast(DraftStream, row.stream).draft)
+            return ""  # they are certain when the text ends
         return characters + row.stream.flush() if last else characters
 
     def _advance(self, ready: Sequence[tuple[_Row, str, bool]], own: bool = True) -> None:
@@ -168,6 +205,10 @@ class Watch:
             row.finished = row.finished or last or bool(row.stopped_by)
 
     def _rate(self, rows: Sequence[tuple[_Row, bool]]) -> None:
+        for row, done in rows:
+            if done and row.drafts:
+                row.text = row.drafts[-1]
+                row.char_ends[-1] = len(row.text)
         cut = [[self._cut(row, way, done) for row, done in rows] for way in range(len(self._ways))]
         skip = [set(row.stopped_by) for row, _ in rows]  # who stopped a text is not asked about its rest
         for index, one in enumerate(self.rewards):
@@ -188,7 +229,8 @@ class Watch:
             ends = [len(row.text)] if done else []
         elif pieces.by_tokens is not None:
             # A zero-width token may hold the first bytes of a character: a piece ends with whole characters only.
-            visible = seen == first or row.char_ends[-1] > (row.char_ends[-2] if seen > 1 else 0)
+            grown = seen == first or row.char_ends[-1] > (row.char_ends[-2] if seen > 1 else 0)
+            visible = grown or row.drafts is not None
             full = row.count() - row.count(cursor.token) >= pieces.by_tokens and visible
             ends = [len(row.text)] if full or (done and seen > cursor.token) else []
         else:
@@ -200,9 +242,12 @@ class Watch:
             if not (pieces.whole or pieces.by_tokens is not None):
                 start_token, end_token = token_range(row.char_ends, first, cursor.character, end)
                 end_token = seen if final else end_token
+            text, piece = row.text[:end], row.text[cursor.character : end]
+            if row.drafts and pieces.by_tokens is not None:
+                text = piece = row.drafts[-1]
             view = View(
-                text=row.text[:end],
-                piece=row.text[cursor.character : end],
+                text=text,
+                piece=piece,
                 prompt=row.prompt,
                 info=row.prompt.info,
                 done=final,
@@ -278,7 +323,10 @@ class Watch:
         elif value and all(isinstance(item, Span) for item in value):
             first = len(row.prompt.token_ids)
             for span in value:
-                start, end = token_range(row.char_ends, first, *self._characters_of(span, one, piece))
+                characters = self._characters_of(span, one, piece)
+                # Who wrote which characters of a text that was changed in its middle is not known.
+                known = row.drafts is None or piece.view.done
+                start, end = token_range(row.char_ends, first, *characters) if known else (piece.start, piece.end)
                 number = self._number(one, row.prompt, span.value)
                 row.marks.append(Mark(number, start, end, one.name, piece.seen))
         elif value:
@@ -342,13 +390,17 @@ def replay_to_stop(rewards: Sequence[Any], rollout: Rollout) -> tuple[list[Mark]
     siblings = next((one.name for one in watch.rewards if one.scope == "group"), None)
     if siblings is not None:
         raise UserError(f"reward '{siblings}' compares siblings; score all of them together with ir.replay_groups")
-    watch.open(0, rollout.prompt)
+    watch._open(0, rollout.prompt, None, rollout.drafts is not None)
     row = watch._rows[0]
     count = len(rollout.token_ids)
     for index in range(rollout.start, count):
         before = rollout.char_ends[index - 1] if index > rollout.start else 0
         last = index == count - 1 and (rollout.stop != "stopped" or rollout.at_limit)
-        watch._advance([(row, rollout.text[before : rollout.char_ends[index]], last)], bool(rollout.mask[index]))
+        characters = rollout.text[before : rollout.char_ends[index]]
+        if row.drafts is not None and rollout.drafts is not None:
+            row.drafts.append(rollout.drafts[index - rollout.start])
+            characters = ""
+        watch._advance([(row, characters, last)], bool(rollout.mask[index]))
         if row.stopped_by:
             break
     if not row.finished:  # another reward stopped this text: these see their last pieces where it was cut

@@ -239,6 +239,7 @@ class LiveStream(ABC):
             yield self._finish(text, text.reason if ended and text.reason else "stopped")
 
     def _finish(self, text: Text, reason: StopReason) -> Rollout:
+        drafts = self.watch.drafts(text.key)
         characters, char_ends, marks = self.watch.close(text.key)
         first = len(text.prompt.token_ids)
         kept = len(char_ends) - first
@@ -261,6 +262,7 @@ class LiveStream(ABC):
             temperature=settings.temperature,
             forbidden_end=settings.min_new_tokens,
             at_limit=kept >= settings.max_new_tokens,
+            drafts=drafts,
             reshaped=settings.top_p < 1.0 or settings.top_k > 0 or settings.guide != 0.0,
             info=text.prompt.info,
         )
