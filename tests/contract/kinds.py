@@ -13,9 +13,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import choosing
 import instant_reward as ir
 from deciding import tiny_classifier
 from instant_reward.policies.causal import CausalPolicy
+from instant_reward.policies.extractive import ExtractivePolicy
+from instant_reward.policies.masked import MaskedPolicy
 from instant_reward.policies.policy import Policy
 from instant_reward.rewards.base import as_rewards
 from instant_reward.rewards.watch import Watch
@@ -36,6 +39,18 @@ def writes_o(view: ir.View) -> float:
 def right(view: ir.View) -> float:
     """Whether the label is the row's."""
     return float(view.text == view.info["label"])
+
+
+@ir.reward(every="end")
+def second_first(view: ir.View) -> float:
+    """Whether a summary begins with the document's second sentence."""
+    return float(view.text.startswith(("Two", "D e", "C d")))
+
+
+@ir.reward(every="end")
+def begins_with_c(view: ir.View) -> float:
+    """Whether the text begins with this word."""
+    return float(view.text.startswith("c"))
 
 
 @dataclass(frozen=True)
@@ -68,18 +83,24 @@ class Kind:
 
 def every_text(policy: Policy, prompt: Prompt, longest: int, rewards: Sequence[Any]) -> list[Rollout]:
     """All texts that a policy can write behind a prompt, scored as they are written."""
-    texts = [
-        list(actions)
-        for length in range(1, longest + 1)
-        for actions in product(range(policy.actions), repeat=length)
-        if not any(one in policy.end_ids for one in actions[:-1])
-        and (length == longest or actions[-1] in policy.end_ids)
-    ]
+    narrowing = isinstance(policy, ExtractivePolicy | MaskedPolicy)  # what is taken is no longer there to be taken
+    texts = (
+        choosing.every_text(policy, prompt, longest)
+        if narrowing
+        else [  # type: ignore[arg-type]
+            list(actions)
+            for length in range(1, longest + 1)
+            for actions in product(range(policy.actions), repeat=length)
+            if not any(one in policy.end_ids for one in actions[:-1])
+            and (length == longest or actions[-1] in policy.end_ids)
+        ]
+    )
     watch, first = Watch(as_rewards(rewards), policy.decoder()), len(prompt.token_ids)
     found = []
     for number, actions in enumerate(texts):
         watch.open(number, prompt)
         watch.feed(number, actions, True)
+        drafts = watch.drafts(number)
         characters, char_ends, marks = watch.close(number)
         found.append(
             Rollout(
@@ -94,9 +115,32 @@ def every_text(policy: Policy, prompt: Prompt, longest: int, rewards: Sequence[A
                 marks=marks,
                 versions=[-1] * first + [0] * len(actions),
                 stop="ended" if policy.over(actions, prompt) else "length",
+                drafts=drafts,
             )
         )
     return found
+
+
+def few_choices(make: Callable[[], Policy], text: str) -> tuple[Policy, Prompt]:
+    """A policy that chooses, and a text for it."""
+    policy = make()
+    return policy, policy.prompts([{"prompt": text}], "prompt", 3)[0]
+
+
+def chooser(dtype: torch.dtype) -> Policy:
+    """A policy that chooses sentences, not too ready to stop."""
+    policy = choosing.tiny_extractive(dtype)
+    with torch.no_grad():
+        policy.model.stop.bias.fill_(-1.0)
+    return policy
+
+
+def editor(dtype: torch.dtype) -> Policy:
+    """A masked model that edits, not too ready to stop."""
+    policy = choosing.tiny_masked(dtype, edits=True)
+    with torch.no_grad():
+        policy.model.order.bias[1] = -1.0
+    return policy
 
 
 def by_the_model(policy: Policy, rollouts: Sequence[Rollout]) -> Tensor:
@@ -251,5 +295,27 @@ KINDS = [
         sections={"sampling": {"max_new_tokens": 1}},
         reward=right,
         level=0.9,
+    ),
+    Kind(
+        "extractive",
+        chooser,
+        partial(few_choices, choosing.tiny_extractive, choosing.DOCUMENTS[0]),
+        choosing.chances,
+        rows=tuple({"prompt": text} for text in (*choosing.DOCUMENTS[:2], "A b. C d. E f. G h. I j.")),
+        sample={"max_new_tokens": 5, "rows": 5},
+        sections={"sampling": {"max_new_tokens": 3}},
+        reward=second_first,
+        level=0.8,
+    ),
+    Kind(
+        "masked",
+        editor,
+        partial(few_choices, choosing.tiny_masked, choosing.BLANKS[0]),
+        choosing.chances,
+        rows=tuple({"prompt": text} for text in choosing.BLANKS),
+        sample={"max_new_tokens": 6, "rows": 5},
+        sections={"sampling": {"max_new_tokens": 3}, "train": {"learning_rate": 3e-3}},
+        reward=begins_with_c,
+        level=0.5,
     ),
 ]

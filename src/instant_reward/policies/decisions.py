@@ -129,16 +129,18 @@ class Names:
 
     Args:
         of: the names of a prompt's actions; an empty one shows nothing.
-        between: what stands between two of them.
+        between: what stands between two of them, by the prompt.
     """
 
-    def __init__(self, of: Callable[[Prompt], Sequence[str]], between: str = " ") -> None:
+    def __init__(
+        self, of: Callable[[Prompt], Sequence[str]], between: Callable[[Prompt], str] = lambda prompt: " "
+    ) -> None:
         self.of, self.between = of, between
 
     def stream(self, prompt: Prompt | None = None) -> _Named:
         """See ``Decoder``."""
         assert prompt is not None, "the names of actions are a prompt's"
-        return _Named(self.of(prompt), self.between)
+        return _Named(self.of(prompt), self.between(prompt))
 
 
 class _Named:

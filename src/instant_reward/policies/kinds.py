@@ -20,6 +20,8 @@ KINDS = {
     "causal": "causal:load_causal",
     "classifier": "classifier:load_classifier",
     "seq2seq": "seq2seq:load_seq2seq",
+    "extractive": "extractive:load_extractive",
+    "masked": "masked:load_masked",
 }
 
 
@@ -62,4 +64,8 @@ def kind_of(folder: Path) -> str:
         return "causal"  # a GGUF file, or a folder whose loading says better what is wrong
     if any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
         return "classifier"
+    if config.get("model_type") == "sentences":
+        return "extractive"
+    if any(str(name).endswith("ForMaskedLM") for name in config.get("architectures") or ()):
+        return "masked"
     return "seq2seq" if config.get("is_encoder_decoder") else "causal"

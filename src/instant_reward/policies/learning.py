@@ -30,7 +30,7 @@ class Learning(ABC):
 
     Args:
         model: its weights are the master weights.
-        tokenizer: turns its actions into text (``Tokenizer``).
+        tokenizer: its model's; None where that reads no tokens.
         compute: the dtype the matrix products run in; "bfloat16" keeps float32 master weights.
         adapter: the peft wrapper around ``model`` where only an adapter is trained.
         name: what it was loaded by.
@@ -236,7 +236,8 @@ class Learning(ABC):
             model = copy.deepcopy(self.adapter).merge_and_unload()
         with without_bars():
             model.save_pretrained(target)
-        self.tokenizer.save_pretrained(target)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(target)
         return target
 
     def save_state(self, folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,16 +29,29 @@ def load_model(name: str, compute: torch.dtype, place: str, kind: str = "AutoMod
         UserError: where the model is not there or cannot be read.
     """
     import transformers
-    from safetensors import SafetensorError
 
     folder = models.locate(name)
-    master = torch.float64 if compute == torch.float64 else torch.float32
+    tokenizer = read_folder(folder, transformers.AutoTokenizer.from_pretrained)
+    options = {"dtype": master(compute), "attn_implementation": "sdpa"}
+    return read_folder(folder, getattr(transformers, kind).from_pretrained, **options).to(place), tokenizer
+
+
+def master(compute: torch.dtype) -> torch.dtype:
+    """The dtype of the weights where products run in ``compute``."""
+    return torch.float64 if compute == torch.float64 else torch.float32
+
+
+def read_folder(folder: Path, read: Callable[..., Any], **options: Any) -> Any:
+    """What ``read(folder, **options)`` reads of a model's folder.
+
+    Raises:
+        UserError: where it cannot.
+    """
+    from safetensors import SafetensorError
+
     try:
         with without_bars():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-            found: Any = getattr(transformers, kind)
-            model: Any = found.from_pretrained(folder, dtype=master, attn_implementation="sdpa")
-        return model.to(place), tokenizer
+            return read(folder, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the model in {folder} cannot be loaded: {_first_line(error)}; check the folder") from error
 

@@ -16,8 +16,10 @@ from instant_reward.config_scratch import ScratchConfig, TokenizerConfig
 from instant_reward.notice import without_bars
 from instant_reward.policies.causal import CausalPolicy
 from instant_reward.policies.classifier import ClassifierPolicy
+from instant_reward.policies.extractive import new_extractive
 from instant_reward.policies.load import Dtype, compute_dtype
 from instant_reward.policies.policy import Policy
+from instant_reward.policies.sentences import SentencesConfig
 from instant_reward.policies.tokens import Form, train_tokenizer
 from instant_reward.types import UserError
 
@@ -75,10 +77,12 @@ def build_model(
 def new_policy(scratch: ScratchConfig, texts: Iterable[str], dtype: Dtype = "float32") -> Policy:
     """A model with new weights as a policy, on a GPU where there is one; ``build_model`` has the rest.
 
-    With labels it is a classifier, without them a causal model.
+    With labels it is a classifier; of the model type "sentences" it chooses sentences; else it is a causal model.
     """
     place = "cuda" if torch.cuda.is_available() else "cpu"
     compute = compute_dtype(dtype, place)
+    if scratch.config["model_type"] == SentencesConfig.model_type:
+        return new_extractive(scratch.config, scratch.seed, compute, place)
     kind: ModelKind = "classification" if scratch.labels else "causal"
     model, tokenizer = build_model(scratch, texts, kind, scratch.labels)
     master = torch.float64 if compute == torch.float64 else torch.float32
