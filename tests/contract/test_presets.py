@@ -62,7 +62,7 @@ def vowels(view: ir.View) -> float:
 
 
 def test_every_preset_is_here() -> None:
-    assert {case["name"] for case in CASES} == set(PRESETS)
+    assert {case["name"] for case in CASES} == set(PRESETS) - {"doubly_robust"}  # of decisions: test_classifier
 
 
 @pytest.fixture(scope="module", params=[*OWN, "t5"])

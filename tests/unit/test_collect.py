@@ -246,7 +246,7 @@ class TestGiven:
             assert rollout.logprobs == pytest.approx(policy.logprobs(ids, mask)[0].tolist(), abs=1e-6)
             assert rollout.char_ends[-1] == len(rollout.text)
 
-    @pytest.mark.parametrize("answer", [None, "", 3])
+    @pytest.mark.parametrize("answer", [None, "", ["good"]])
     def test_a_row_without_its_text_is_named(self, answer: object) -> None:
         prompt = Prompt("row 7", "it", [60], info={} if answer is None else {"answer": answer})
         with pytest.raises(UserError, match=r"data\.completion: prompt row 7 has no text in its column 'answer'"):
