@@ -66,7 +66,7 @@ def table(record: dict[str, Any]) -> str:
     """The figures as Markdown: the mean over seeds and, in brackets, the least and the most."""
     seeds = len(next(iter(record["runs"].values())))
     about = (
-        f"Written by `python benchmarks/language_models.py`: {seeds} seeds, mean (least to most); "
+        f"Written by `{record['command']}`: {seeds} seeds, mean (least to most); "
         f"torch {record['versions'].get('torch')}, {record['versions'].get('platform')}."
     )
     lines = [
@@ -103,7 +103,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark-language-models"))
     parser.add_argument("override", nargs="*", help="changes to the recipes of the likelihood")
     options = parser.parse_args()
-    record: dict[str, Any] = {"runs": {}, "versions": {}}
+    command = " ".join(["python benchmarks/language_models.py", *options.override])
+    record: dict[str, Any] = {"command": command, "runs": {}, "versions": {}}
     for model in options.models:
         for seed in range(options.seeds):
             fitted = fit(model, seed, options)
