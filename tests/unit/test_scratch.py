@@ -16,6 +16,7 @@ from instant_reward.cli import main
 from instant_reward.config import Config
 from instant_reward.config_scratch import ScratchConfig
 from instant_reward.policies.scratch import CLASSES, build_model
+from instant_reward.policies.seq2seq import Seq2SeqPolicy
 from instant_reward.train import load_run_policy
 from tiny import shared_tokenizer
 
@@ -197,6 +198,24 @@ def test_the_librarys_own_models_begin_anew_too(config: dict[str, Any], tmp_path
         build_model(scratch({**config, "hiden_size": 3}), TEXTS)
     with pytest.raises(ir.UserError, match=r"config\.others: .* no such key"):
         build_model(scratch({**config, "others": 3}), TEXTS)
+
+
+def test_an_encoder_decoder_is_fitted_to_pairs_and_then_learns_from_a_reward(tmp_path: Path) -> None:
+    rows = [{"prompt": text, "answer": text[::-1]} for text in TEXTS[:4]]
+    model = {"scratch": {"config": T5, "tokenizer": {"kind": "bpe", "columns": ["answer"]}}}
+    data = {"prompts": rows, "completion": "answer"}
+    config = run_config(tmp_path / "fit", model=model, data=data, algorithm="likelihood")
+    config = config.model_copy(update={"train": config.train.model_copy(update={"steps": 12, "group_size": 1})})
+    fitted = ir.train(config)
+    assert type(fitted.policy) is Seq2SeqPolicy
+    nll = [row["nll"] for row in fitted.metrics]
+    assert nll[-1] < nll[0]
+    policy, _ = load_run_policy(tmp_path / "fit")
+    assert type(policy) is Seq2SeqPolicy
+    for name, weight in fitted.policy.model.state_dict().items():
+        assert torch.equal(weight, policy.model.state_dict()[name]), name
+    steered = ir.train(run_config(tmp_path / "steered", model=model, data={"prompts": rows}), rewards=[length])
+    assert len(steered.metrics) == 4
 
 
 def test_the_command_judges_it_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from instant_reward.policies.extractive import new_extractive
 from instant_reward.policies.load import Dtype, compute_dtype
 from instant_reward.policies.policy import Policy
 from instant_reward.policies.sentences import SentencesConfig
+from instant_reward.policies.seq2seq import Seq2SeqPolicy
 from instant_reward.policies.tokens import Form, train_tokenizer
 from instant_reward.types import UserError
 
@@ -77,16 +78,30 @@ def build_model(
 def new_policy(scratch: ScratchConfig, texts: Iterable[str], dtype: Dtype = "float32") -> Policy:
     """A model with new weights as a policy, on a GPU where there is one; ``build_model`` has the rest.
 
-    With labels it is a classifier; of the model type "sentences" it chooses sentences; else it is a causal model.
+    With labels it is a classifier; of the model type "sentences" it chooses sentences; else it writes: an
+    encoder-decoder where the model type is one, a causal model where not.
     """
     place = "cuda" if torch.cuda.is_available() else "cpu"
     compute = compute_dtype(dtype, place)
     if scratch.config["model_type"] == SentencesConfig.model_type:
         return new_extractive(scratch.config, scratch.seed, compute, place)
-    kind: ModelKind = "classification" if scratch.labels else "causal"
+    kind: ModelKind = "classification" if scratch.labels else _writer(scratch.config["model_type"])
     model, tokenizer = build_model(scratch, texts, kind, scratch.labels)
     master = torch.float64 if compute == torch.float64 else torch.float32
-    return (ClassifierPolicy if scratch.labels else CausalPolicy)(model.to(place, master), tokenizer, compute)
+    made: dict[ModelKind, Callable[..., Policy]] = {
+        "causal": CausalPolicy,
+        "seq2seq": Seq2SeqPolicy,
+        "classification": ClassifierPolicy,
+    }
+    return made[kind](model.to(place, master), tokenizer, compute)
+
+
+def _writer(model_type: str) -> ModelKind:
+    """Which kind of model writes text: "seq2seq" of an encoder-decoder; an unknown type is refused later."""
+    from transformers import CONFIG_MAPPING
+
+    known = model_type in CONFIG_MAPPING
+    return "seq2seq" if known and CONFIG_MAPPING[model_type]().is_encoder_decoder else "causal"
 
 
 def _tokenizer(settings: TokenizerConfig, texts: Iterable[str], form: Form) -> Any:
