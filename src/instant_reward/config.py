@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from instant_reward.config_algorithm import AlgorithmConfig as AlgorithmConfig
 from instant_reward.config_problems import report, sentences
+from instant_reward.config_scratch import Labels
 from instant_reward.config_scratch import ScratchConfig as ScratchConfig
 from instant_reward.config_section import Count, Fraction, NotNegative, Positive, Section, Text, Whole
 from instant_reward.config_split import PARTS as PARTS
@@ -43,11 +44,13 @@ class LoraConfig(Section):
 
 class ModelConfig(Section):
     """The model: a short name, a local folder, a GGUF file or a hub id; or one from ``scratch``, whose name is then
-    "scratch". ``max_context`` counts prompt and text."""
+    "scratch". ``max_context`` counts prompt and text. ``labels`` make a classifier of an encoder that has none; the
+    layer that scores them is drawn by the run's seed."""
 
     short = "name"
     name: Text = "smollm2-135m"
     scratch: ScratchConfig | None = None
+    labels: Labels = []
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     lora: LoraConfig | None = None
     max_context: Count | None = None
@@ -65,9 +68,16 @@ class ModelConfig(Section):
     def _all_new(self) -> Self:
         if self.scratch is not None and self.lora is not None:
             raise ValueError("an adapter would leave the new weights of scratch as they were drawn; leave out lora")
+        if self.scratch is not None and self.labels:
+            raise ValueError("labels make a classifier of the model in name; give those of a new model under scratch")
         if self.scratch is None and self.name == SCRATCH:
             raise ValueError("the name scratch is for models with new weights; say which under scratch")
         return self
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the run begins with weights that are drawn, all or some, and so lie in no folder but its own."""
+        return self.scratch is not None or bool(self.labels)
 
 
 class LoggedConfig(Section):

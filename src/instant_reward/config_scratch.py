@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import AfterValidator, field_validator, model_validator
 
 from instant_reward.config_section import Count, Section, Text, Whole
 
 KINDS = ("bpe", "wordpiece", "character", "word")
+
+
+def _different(value: list[str]) -> list[str]:
+    if value and (len(value) < 2 or len(set(value)) < len(value)):
+        raise ValueError("needs at least two labels that differ")
+    return value
+
+
+Labels = Annotated[list[Text], AfterValidator(_different)]
+"""Of a classifier, in the order of its outputs; none for other models."""
 
 
 class TokenizerConfig(Section):
@@ -53,15 +63,8 @@ class ScratchConfig(Section):
 
     config: dict[str, Any]
     tokenizer: TokenizerConfig = TokenizerConfig()
-    labels: list[Text] = []
+    labels: Labels = []
     seed: Whole = 0
-
-    @field_validator("labels")
-    @classmethod
-    def _different(cls, value: list[str]) -> list[str]:
-        if value and (len(value) < 2 or len(set(value)) < len(value)):
-            raise ValueError("needs at least two labels that differ")
-        return value
 
     @field_validator("config")
     @classmethod

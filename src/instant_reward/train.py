@@ -336,7 +336,7 @@ def prepare(config: Config, rewards: Sequence[Any] | None = None, resume: bool =
     )
     run = Run.create(config.out, config, resume=resume)  # nothing is written before all is loaded and checked
     run.policy = policy
-    if config.model.scratch is not None:
+    if config.model.drawn:
         run.save_start(policy.save)
     kept = config.train.replay
     replayed = Replay(kept.groups, kept.staleness, config.seed) if kept else None
@@ -378,12 +378,15 @@ def start_policy(config: Config, folder: str | Path, rows: Sequence[Mapping[str,
         given = [name for name in (config.data.prompt_column, config.data.completion) if name]
         return new_policy(scratch, list(texts_in(rows, scratch.tokenizer.columns or given)), config.model.dtype)
     lora = config.model.lora.model_dump() if config.model.lora else None
-    return load_policy(start_name(config, folder), config.model.dtype, lora=lora)
+    name = start_name(config, folder)
+    labels = config.model.labels if name == config.model.name else []  # the start in the run's folder has them
+    return load_policy(name, config.model.dtype, lora=lora, labels=labels, seed=config.seed)
 
 
 def start_name(config: Config, folder: str | Path) -> str:
     """What ``load_policy`` takes for the model that the run in ``folder`` began with."""
-    return config.model.name if config.model.scratch is None else str(Path(folder) / START)
+    kept = Path(folder) / START
+    return str(kept) if config.model.scratch is not None or (config.model.labels and kept.is_dir()) else config.model.name
 
 
 @contextmanager

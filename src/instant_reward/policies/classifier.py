@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from instant_reward import models
 from instant_reward.batch import Batch
 from instant_reward.policies import terms
 from instant_reward.policies.decisions import PLAIN, DecisionPolicy, Steps, decided
 from instant_reward.policies.head import Softmax
+from instant_reward.policies.kinds import kind_of
 from instant_reward.policies.load import Dtype, compute_dtype, load_model
 from instant_reward.types import Prompt, UserError
 
@@ -232,10 +234,26 @@ def _labels(model: Any) -> list[str]:
     return labels
 
 
-def load_classifier(name: str, dtype: Dtype, lora: Mapping[str, Any] | None, place: str) -> ClassifierPolicy:
+def load_classifier(
+    name: str,
+    dtype: Dtype,
+    lora: Mapping[str, Any] | None,
+    place: str,
+    labels: Sequence[str] = (),
+    seed: int = 0,
+) -> ClassifierPolicy:
     """See ``kinds.load_policy``."""
     if lora is not None:
         raise UserError("model.lora: a classifier's output layer has to learn, so all of it is trained; leave lora out")
+    if (kind_of(models.locate(name)) == "classifier") == bool(labels):
+        wrong = "has labels of its own; leave out" if labels else "has no labels to choose from; name them by"
+        raise UserError(f"the model {name} {wrong} labels (in a config, model.labels)")
     compute = compute_dtype(dtype, place)
-    model, tokenizer = load_model(name, compute, place, AUTO)
+    changed: dict[str, Any] = {}
+    if labels:
+        changed["id2label"] = dict(enumerate(labels))
+        changed["label2id"] = {label: number for number, label in enumerate(labels)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # draws what the folder has no weights for
+        model, tokenizer = load_model(name, compute, place, AUTO, **changed)
     return ClassifierPolicy(model, tokenizer, compute, None, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ def load_policy(
     lora: Mapping[str, Any] | None = None,
     device: str | None = None,
     kind: str | None = None,
+    labels: Sequence[str] = (),
+    seed: int = 0,
 ) -> Policy:
     """Loads a model as a policy, with its tokenizer.
 
@@ -42,17 +44,21 @@ def load_policy(
         lora: train an adapter of low rank instead of all weights: ``{"rank": 16, "alpha": 32, ...}``.
         device: "cpu", "cuda", ...; without it a GPU where there is one.
         kind: which kind of policy it is; without it, what the model's config says.
+        labels: makes a classifier of an encoder that has no labels yet: a new layer, drawn by ``seed``, scores them.
 
     Raises:
-        UserError: where the model is not there or cannot be read.
+        UserError: where the model is not there or cannot be read, or ``labels`` are missing or too many.
     """
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind = kind or kind_of(models.locate(name))
+    kind = kind or ("classifier" if labels else kind_of(models.locate(name)))
     if kind not in KINDS:
         raise UserError(f"load_policy: there is no kind {kind!r}; use one of {', '.join(KINDS)}")
+    if labels and kind != "classifier":
+        raise UserError(f"load_policy: labels are of a classifier, and kind is {kind!r}; leave one of them out")
+    new: dict[str, Any] = {"labels": labels, "seed": seed} if labels else {}
     module, _, function = KINDS[kind].partition(":")
     load = getattr(import_module(f"instant_reward.policies.{module}"), function)
-    policy: Policy = load(name, dtype, lora, place)
+    policy: Policy = load(name, dtype, lora, place, **new)
     return policy
 
 

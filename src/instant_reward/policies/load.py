@@ -19,11 +19,14 @@ Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 SEQ2SEQ = "AutoModelForSeq2SeqLM"
 
 
-def load_model(name: str, compute: torch.dtype, place: str, kind: str = "AutoModelForCausalLM") -> tuple[Any, Any]:
+def load_model(
+    name: str, compute: torch.dtype, place: str, kind: str = "AutoModelForCausalLM", **changed: Any
+) -> tuple[Any, Any]:
     """A model in its master dtype, and its tokenizer.
 
     Args:
         kind: the class of transformers that finds the model's own.
+        changed: values of its config that replace the folder's.
 
     Raises:
         UserError: where the model is not there or cannot be read.
@@ -32,7 +35,7 @@ def load_model(name: str, compute: torch.dtype, place: str, kind: str = "AutoMod
 
     folder = models.locate(name)
     tokenizer = read_folder(folder, transformers.AutoTokenizer.from_pretrained)
-    options = {"dtype": master(compute), "attn_implementation": "sdpa"}
+    options = {"dtype": master(compute), "attn_implementation": "sdpa", **changed}
     return read_folder(folder, getattr(transformers, kind).from_pretrained, **options).to(place), tokenizer
 
 
