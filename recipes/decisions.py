@@ -58,7 +58,7 @@ def chinese_reviews(split: str = "train", limit: int | None = None) -> list[dict
 
 
 def package_pairs(
-    split: str = "train", limit: int | None = None, packages: int = 2000, words: int = 40, lists: str = LISTS
+    split: str = "train", limit: int | None = None, packages: int = 2000, words: int = 30, lists: str = LISTS
 ) -> list[dict[str, Any]]:
     """Pairs of a one-line summary and a longer description of Debian packages: of the same package, or of another.
 

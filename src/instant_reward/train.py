@@ -386,7 +386,9 @@ def start_policy(config: Config, folder: str | Path, rows: Sequence[Mapping[str,
 def start_name(config: Config, folder: str | Path) -> str:
     """What ``load_policy`` takes for the model that the run in ``folder`` began with."""
     kept = Path(folder) / START
-    return str(kept) if config.model.scratch is not None or (config.model.labels and kept.is_dir()) else config.model.name
+    return (
+        str(kept) if config.model.scratch is not None or (config.model.labels and kept.is_dir()) else config.model.name
+    )
 
 
 @contextmanager
