@@ -373,12 +373,11 @@ def start_policy(config: Config, folder: str | Path, rows: Sequence[Mapping[str,
         folder: the run's, where new weights are kept from the start on.
         rows: the run's data, on which a new tokenizer is trained.
     """
-    scratch = config.model.scratch
-    if scratch is not None and not (Path(folder) / START).is_dir():
-        given = [name for name in (config.data.prompt_column, config.data.completion) if name]
+    scratch, name = config.model.scratch, start_name(config, folder)
+    if scratch is not None and not Path(name).is_dir():
+        given = [column for column in (config.data.prompt_column, config.data.completion) if column]
         return new_policy(scratch, list(texts_in(rows, scratch.tokenizer.columns or given)), config.model.dtype)
     lora = config.model.lora.model_dump() if config.model.lora else None
-    name = start_name(config, folder)
     labels = config.model.labels if name == config.model.name else []  # the start in the run's folder has them
     return load_policy(name, config.model.dtype, lora=lora, labels=labels, seed=config.seed)
 
@@ -386,9 +385,7 @@ def start_policy(config: Config, folder: str | Path, rows: Sequence[Mapping[str,
 def start_name(config: Config, folder: str | Path) -> str:
     """What ``load_policy`` takes for the model that the run in ``folder`` began with."""
     kept = Path(folder) / START
-    return (
-        str(kept) if config.model.scratch is not None or (config.model.labels and kept.is_dir()) else config.model.name
-    )
+    return str(kept) if kept.is_dir() or config.model.scratch is not None else config.model.name
 
 
 @contextmanager
