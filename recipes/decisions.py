@@ -10,6 +10,7 @@ import importlib.util
 import random
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from instant_reward.reviews import fraction, read_reviews
 NEGATIVE, POSITIVE = "negative", "positive"
 OTHER, SAME = "other", "same"
 LISTS = "/var/lib/apt/lists"
+A_FAMILY = 3  # packages; without a bound, a part is mostly the hundred siblings of a few
 
 
 @ir.reward(every="end")
@@ -93,16 +95,20 @@ def package_pairs(
 
 
 def _described(lists: Path, words: int) -> list[tuple[float, str, str]]:
-    """Where each package's family falls in [0, 1), its summary and its description, sorted; each text comes once."""
+    """Where each package's family falls in [0, 1), its summary and its description, sorted.
+
+    Each text comes once, and a family with at most ``A_FAMILY`` packages.
+    """
     found: dict[str, tuple[float, str, str]] = {}
-    seen = set[str]()
+    seen, families = set[str](), Counter[str]()
     for file in sorted(lists.glob("*_i18n_Translation-en*")):
         read = subprocess.run(["/usr/lib/apt/apt-helper", "cat-file", str(file)], capture_output=True, check=True)
         text = read.stdout.decode("utf-8", "replace")
         for summary, long in re.findall(r"^Description-en: (.+)\n((?: .*\n?)+)", text, re.MULTILINE):
             family = " ".join(long.split("\n .\n")[0].split())
             cut = " ".join(re.sub(r"\n \.(?=\n)", "", f"\n{long}").split()[:words])
-            if len(cut.split()) >= 10 and summary not in seen and cut not in found:
+            if len(cut.split()) >= 10 and summary not in seen and cut not in found and families[family] < A_FAMILY:
+                families[family] += 1
                 seen.add(summary)
                 found[cut] = (fraction(family, "held out"), summary, cut)
     return sorted(found.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,8 +43,7 @@ def lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def read(command: list[str], **_: Any) -> SimpleNamespace:
         return SimpleNamespace(stdout=Path(command[-1]).read_bytes())
 
-    module: ModuleType = __import__("sys").modules[resolve(f"{DECISIONS}:package_pairs").__module__]
-    monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=read))
+    monkeypatch.setitem(resolve(f"{DECISIONS}:package_pairs").__globals__, "subprocess", SimpleNamespace(run=read))
     return tmp_path
 
 
@@ -62,6 +61,12 @@ def test_each_description_comes_with_its_own_summary_and_with_its_siblings(lists
     assert not apart[0] & apart[1]
     some = pairs(lists=str(lists), limit=10)
     assert sorted(row["label"] for row in some) == ["other"] * 5 + ["same"] * 5
+
+
+def test_a_large_family_comes_with_few_of_its_packages(lists: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = resolve(f"{DECISIONS}:package_pairs")
+    monkeypatch.setitem(pairs.__globals__, "A_FAMILY", 1)
+    assert len(pairs(lists=str(lists))) + len(pairs("held_out", lists=str(lists))) == 2 * FAMILIES
 
 
 def test_no_long_descriptions_is_an_error_that_says_how_to_get_them(tmp_path: Path) -> None:
