@@ -151,7 +151,7 @@ def live(one: Reward, texts: list[list[str]]) -> list[Rollout]:
         rate_groups([one], finished)
         return finished
     flat, first = [token for tokens in texts for token in tokens], list(accumulate([0, *map(len, texts)]))
-    decoder: Any = SimpleNamespace(stream=lambda: SimpleNamespace(push=flat.__getitem__, flush=lambda: ""))
+    decoder: Any = SimpleNamespace(stream=lambda _=None: SimpleNamespace(push=flat.__getitem__, flush=lambda: ""))
     watch, stopped = Watch([one], decoder), dict.fromkeys(range(len(texts)))
     for row in stopped:
         watch.open(row, PROMPT)
