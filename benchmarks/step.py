@@ -220,7 +220,7 @@ def main() -> None:
             print(f"round {number + 1}  {side}: {times} s, {found[side][-1]['peak_gib']:.2f} GiB", flush=True)
     seconds = {side: [value for one in runs for value in one["seconds"]] for side, runs in found.items()}
     result = {
-        "command": "python benchmarks/step.py " + " ".join(sys.argv[1:]),
+        "command": "python benchmarks/step.py " + " ".join(sys.argv[1:]).replace(options.peer_python, "PYTHON"),
         "seconds": seconds,
         "median": {side: statistics.median(values) for side, values in seconds.items()},
         "peak_gib": {side: max(one["peak_gib"] for one in runs) for side, runs in found.items()},
