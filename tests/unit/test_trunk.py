@@ -21,6 +21,7 @@ from transformers import (
 
 from instant_reward.batch import collate
 from instant_reward.data import to_prompts
+from instant_reward.policies import head
 from instant_reward.policies import states as states_module
 from instant_reward.policies.kernels import Rows
 from instant_reward.policies.memory import keep_freed_memory
@@ -30,6 +31,7 @@ from instant_reward.policies.states import States, trunk
 from instant_reward.policies.trunk import Gpt2Shaped, LlamaShaped, Trained, trunk_of
 from instant_reward.sampling.decoder import ModelDecoder, TrunkDecoder, decoder_of
 from instant_reward.sampling.slots import SlotCache
+from instant_reward.sampling.weights import Joined
 from tiny import exact, shared_tokenizer, tiny_config, tiny_gpt2, tiny_llama, tiny_policy
 
 
@@ -190,3 +192,38 @@ def test_rows_move_together() -> None:
     one = torch.zeros(1, 1, dtype=torch.long)
     rows = Rows(one, one, one.bool()[None], one[0], one[0]).to(torch.device("meta"))
     assert {rows.queries.device.type, rows.look.device.type, rows.tokens.device.type} == {"meta"}
+
+
+def test_the_slope_of_a_nearly_certain_token_is_not_rounded_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 ``1 - p`` of a p above 0.998 would be 0, while the other words keep their slopes."""
+    states = torch.tensor([[1.0, 0.0]], dtype=torch.bfloat16)
+    weight = torch.tensor([[8.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    found = []
+    for kept in (2**28, 0):  # the probabilities kept, and computed once more
+        monkeypatch.setattr(head, "KEPT_BYTES", kept)
+        own = weight.clone().requires_grad_(True)
+        none = torch.zeros(1, dtype=torch.bool)
+        logprobs, _ = head.token_logprobs(
+            states.clone().requires_grad_(True), own, None, torch.zeros(1, dtype=torch.long), none, head.Softmax()
+        )
+        logprobs.sum().backward()
+        assert own.grad is not None
+        found.append(own.grad)
+    right = 1 - float((weight @ torch.tensor([1.0, 0.0])).softmax(0)[0])
+    for one in found:
+        assert one[0, 0] == pytest.approx(right, rel=1e-2)
+        assert abs(float(one[:, 0].sum())) < 1e-2 * right  # the slopes of all words sum to 0
+
+
+def test_a_long_prompt_and_a_long_text_share_no_product() -> None:
+    """Their totals are alike, and together each would pay for the other's."""
+    prompts = [(range(1000), range(0)), (range(1000, 1020), range(0))]
+    texts = [(range(1020, 1025), range(1000)), (range(1025, 2010), range(1000, 1020))]
+    shapes = [tuple(one.look.shape) for one in rows_of([*prompts, *texts])]
+    assert sorted(shapes) == [(1, 5, 1005), (1, 20, 20), (1, 985, 1005), (1, 1000, 1000)]
+
+
+def test_matrices_are_not_packed_where_the_processor_refuses(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert not Joined([model.get_output_embeddings()], torch.bfloat16).packs
+    assert Joined([model.get_output_embeddings()], torch.float32).packs

@@ -39,7 +39,7 @@ class CausalPolicy(Policy):
     Args:
         model: a transformers causal model; its weights are the master weights.
         tokenizer: its tokenizer.
-        compute: the dtype the matrix products run in; "bfloat16" keeps float32 master weights under autocast.
+        compute: the dtype the matrix products run in; "bfloat16" keeps float32 master weights.
         adapter: the peft wrapper around ``model`` where only an adapter is trained.
     """
 

@@ -68,7 +68,7 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         count, width = hidden.shape[0], weight.shape[0]
         keep = ctx.needs_input_grad[0] and count * width * hidden.element_size() <= KEPT_BYTES
-        ctx.kept = hidden.new_empty(count, width) if keep else None
+        kept = hidden.new_empty(count, width) if keep else None
         logprobs, entropies, normalisers = [], [], []
         for rows in chunks(count, width, CACHED_ELEMENTS if hidden.device.type == "cpu" else CHUNK_ELEMENTS):
             logits = logits_of(hidden[rows], matrix, bias, no_end[rows], softmax)
@@ -83,32 +83,36 @@ class _TokenLogprobs(torch.autograd.Function):
                 logits[:, softmax.end_ids] = ends.masked_fill(ends == -torch.inf, 0.0)
             entropies.append(normaliser - torch.linalg.vecdot(exponentials, logits) / total)
             normalisers.append(normaliser)
-            if ctx.kept is not None:
+            if kept is not None:
                 torch.div(exponentials, total[:, None], out=exponentials)
-                ctx.kept[rows] = exponentials
+                kept[rows] = exponentials
         empty = hidden.new_zeros(0, dtype=_wide(hidden.dtype))
-        ctx.save_for_backward(hidden, weight, bias, targets, no_end, torch.cat([*normalisers, empty]), matrix)
+        chosen = torch.cat([*logprobs, empty])
+        normaliser = torch.cat([*normalisers, empty])
+        ctx.save_for_backward(hidden, weight, bias, targets, no_end, normaliser, chosen, matrix, kept)
         ctx.softmax = softmax
         entropy = torch.cat([*entropies, empty])
         ctx.mark_non_differentiable(entropy)
-        return torch.cat([*logprobs, empty]), entropy
+        return chosen, entropy
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, no_end, normaliser, matrix = ctx.saved_tensors
+        hidden, weight, bias, targets, no_end, normaliser, chosen, matrix, kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         for rows in chunks(hidden.shape[0], weight.shape[0]):
-            if ctx.kept is not None:
-                probabilities = ctx.kept[rows]
+            if kept is not None:
+                probabilities = kept[rows]
             else:
                 logits = logits_of(hidden[rows], matrix, bias, no_end[rows], ctx.softmax)
                 probabilities = logits.sub_(normaliser[rows, None]).exp_()
-            # d logp / d logits = one-hot(target) - softmax
-            upstream = (gradient[rows, None] / ctx.softmax.temperature).to(probabilities.dtype)
-            slope = probabilities * -upstream
-            slope = slope.scatter_add_(1, targets[rows, None], upstream).to(hidden.dtype)
+            # d logp / d logits = one-hot(target) - softmax; of a nearly certain target 1 - p must not be taken of a
+            # rounded p.
+            upstream = gradient[rows, None] / ctx.softmax.temperature
+            own = -torch.expm1(chosen[rows, None]) * upstream
+            slope = probabilities * -upstream.to(probabilities.dtype)
+            slope = slope.scatter_(1, targets[rows, None], own.to(slope.dtype)).to(hidden.dtype)
             grad_hidden[rows] = slope @ matrix
             if ctx.needs_input_grad[1]:
                 some = (slope.T @ hidden[rows]).to(weight.dtype)
@@ -129,9 +133,9 @@ def chunks(rows: int, width: int, elements: int = CHUNK_ELEMENTS) -> list[slice]
 def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, no_end: Tensor, softmax: Softmax) -> Tensor:
     """The logits ``[n, V]`` that were drawn from: at the sampler's temperature, minus infinity where forbidden."""
     dtype = hidden.dtype
-    logits = torch.nn.functional.linear(
-        hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    ).to(_wide(hidden.dtype))
+    logits = torch.nn.functional.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype)).to(
+        _wide(dtype)
+    )
     return as_drawn(logits, no_end, softmax)
 
 

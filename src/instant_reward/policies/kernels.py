@@ -17,9 +17,9 @@ from torch import Tensor
 class Linear(torch.autograd.Function):
     """``x @ weight.T + bias`` of layers that read the same input, by one bfloat16 copy of their float32 weights.
 
-    The gradients of the weights are float32. Args of ``apply``: ``x [T, I]`` (bfloat16); ``shadow``, the weights'
-    copies one behind the other, ``[O, I]``; whether the weights are stored ``[I, O]``; and the parameters: the weights,
-    then the biases, or none. Returns ``[T, O]``.
+    The gradients of the weights are made by bfloat16 products and handed on in float32. Args of ``apply``: ``x [T, I]``
+    (bfloat16); ``shadow``, the weights' copies one behind the other, ``[O, I]``; whether the weights are stored
+    ``[I, O]``; and the parameters: the weights, then the biases, or none. Returns ``[T, O]``.
     """
 
     @staticmethod

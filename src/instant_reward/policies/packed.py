@@ -12,7 +12,7 @@ from instant_reward.batch import Batch
 from instant_reward.policies.kernels import Rows
 from instant_reward.policies.layout import sampled_span, sibling_rows
 
-BUCKETS = 1.5  # rows whose keys are so many times fewer than the longest row's get a product of their own
+BUCKETS = 2.5  # a row that would pay so many times its own scores goes into another product
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,18 @@ def rows_of(spans: Sequence[tuple[range, range]]) -> list[Rows]:
     order = sorted(spans, key=lambda span: (len(span[1]) > 0, -len(span[0]) - len(span[1])))
     found: list[Rows] = []
     some: list[tuple[range, range]] = []
+    long = wide = least = 0
     for span in order:
-        if some and _another(some[0], span):
+        own, before = map(len, span)
+        asked = own * (own + before)
+        most = max(long, own) * (max(long, own) + max(wide, before))  # what each row of the product would pay
+        smallest = min(least, asked) if some else asked
+        if some and (bool(some[0][1]) != bool(before) or most > BUCKETS * smallest + 512):
             found.append(_rows(some))
-            some = []
+            some, long, wide, smallest = [], 0, 0, asked
         some.append(span)
+        long, wide, least = max(long, own), max(wide, before), smallest
     return [*found, _rows(some)] if some else found
-
-
-def _another(first: tuple[range, range], span: tuple[range, range]) -> bool:
-    """Whether a span goes into another product than the longest one of this."""
-    widths = [len(own) + len(before) for own, before in (first, span)]
-    return bool(first[1]) != bool(span[1]) or widths[0] > BUCKETS * widths[1] + 16
 
 
 def _rows(spans: Sequence[tuple[range, range]]) -> Rows:

@@ -235,7 +235,7 @@ def is_linear(module: Any) -> bool:
 def _plain(base: Any) -> bool:
     """Whether the layers are the library's own (no adapter), every token looks at all before it, and all is kept."""
     layers = [one for name, one in base.named_modules() if name.endswith(("proj", "c_fc", "c_attn", *OWN_LAYERS))]
-    linear = all(is_linear(one) for one in layers)
+    linear = all(is_linear(one) for one in layers) and not any(hasattr(one, "base_layer") for one in base.modules())
     config = base.config
     slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     return linear and not slides

@@ -64,11 +64,13 @@ class TrunkDecoder:
         self.products = Packed(dtype)
         self.trunk = shape(self.twin, self.products)
         self._head = Joined([model.get_output_embeddings()], dtype)
+        self._of = model
         self.load(model)
 
     @torch.no_grad()
     def load(self, model: Any) -> None:
         """See ``Decoder``."""
+        assert model is self._of, "the linear weights are read where they lie: another model takes another decoder"
         base = getattr(model, model.base_model_prefix)
         for mine, theirs in zip(self.twin.parameters(), base.parameters(), strict=True):
             if mine is not theirs:
@@ -115,9 +117,9 @@ class TrunkDecoder:
             asking, key, value = parted(qkv, self.trunk.heads, cos, sin)
             keys, values = cache.write(number, torch.stack([key, value], 1).to(self._kept(qkv)))
             count, groups, size = key.shape
-            queries = (asking * size**-0.5).to(keys.dtype).view(count, groups, -1, size)
-            scores = (queries @ keys.transpose(-1, -2)).add_(hidden)
-            heard: Tensor = scores.softmax(-1) @ values
+            queries = (asking * size**-0.5).view(count, groups, -1, size)  # wide, as the trainer's are
+            scores = (queries @ keys.to(queries.dtype).transpose(-1, -2)).add_(hidden)
+            heard: Tensor = scores.softmax(-1) @ values.to(queries.dtype)
             return heard.view(asking.shape).to(qkv.dtype)
 
         return self.trunk(tokens.to(device), positions.squeeze(1), attend)

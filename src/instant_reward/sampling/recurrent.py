@@ -49,11 +49,13 @@ class RecurrentDecoder:
         self.products = Packed(dtype)
         self.reader = Recurrent(self.twin, self.products)
         self._head = Joined([model.get_output_embeddings()], dtype)
+        self._of = model
         self.load(model)
 
     @torch.no_grad()
     def load(self, model: Any) -> None:
         """See ``Decoder``."""
+        assert model is self._of, "the linear weights are read where they lie: another model takes another decoder"
         for mine, theirs in zip(self.twin.parameters(), model.trunk.parameters(), strict=True):
             if mine is not theirs:
                 mine.copy_(theirs)

@@ -37,7 +37,10 @@ class Joined:
             weights[0].device.type == "cpu"
             and dtype in (torch.float32, torch.bfloat16)
             and torch._C._has_mkldnn
+            and torch.backends.mkldnn.enabled
             and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+            # Packing refuses bfloat16 on a processor without its instructions.
+            and (dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
         )
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
