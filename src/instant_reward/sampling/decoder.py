@@ -19,10 +19,10 @@ from transformers import DynamicCache
 from instant_reward.policies.kernels import Attention, parted
 from instant_reward.policies.packed import rows_of
 from instant_reward.policies.recurrent import RecurrentTrunk
-from instant_reward.policies.trunk import Trunk, is_linear, shape_of
+from instant_reward.policies.trunk import Trunk, shape_of
 from instant_reward.sampling.recurrent import RecurrentDecoder
 from instant_reward.sampling.slots import Filled, SlotCache, Slots
-from instant_reward.sampling.weights import Joined, Packed
+from instant_reward.sampling.weights import Joined, Packed, follow, twin_of
 from instant_reward.types import Prompt
 
 
@@ -58,9 +58,7 @@ class TrunkDecoder:
         base = getattr(model, model.base_model_prefix)
         shape = shape or shape_of(base)
         assert shape is not None, "this model computes otherwise: decode with ModelDecoder"
-        linear = [one.weight for one in base.modules() if is_linear(one)]
-        # The twin has norms, embeddings and biases of its own; its linear weights are the model's, to be packed.
-        self.twin = copy.deepcopy(base, {id(weight): weight for weight in linear})
+        self.twin = twin_of(base)
         self.products = Packed(dtype)
         self.trunk = shape(self.twin, self.products)
         self._head = Joined([model.get_output_embeddings()], dtype)
@@ -72,11 +70,7 @@ class TrunkDecoder:
         """See ``Decoder``."""
         assert model is self._of, "the linear weights are read where they lie: another model takes another decoder"
         base = getattr(model, model.base_model_prefix)
-        for mine, theirs in zip(self.twin.parameters(), base.parameters(), strict=True):
-            if mine is not theirs:
-                mine.copy_(theirs)
-        for one in [*self.products.made, self._head]:
-            one.load()
+        follow(self.twin, base, [*self.products.made, self._head])
 
     def new_cache(self, slots: int, width: int) -> SlotCache:
         """See ``Decoder``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +10,7 @@ from torch import Tensor
 
 from instant_reward.policies.recurrence import Steps
 from instant_reward.policies.recurrent import Recurrent
-from instant_reward.policies.trunk import is_linear
-from instant_reward.sampling.weights import Joined, Packed
+from instant_reward.sampling.weights import Joined, Packed, follow, twin_of
 from instant_reward.types import Prompt
 
 
@@ -43,9 +41,7 @@ class RecurrentDecoder:
     """
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        linear = [one.weight for one in model.trunk.modules() if is_linear(one)]
-        # The twin has embeddings and biases of its own; its linear weights are the model's, to be packed.
-        self.twin = copy.deepcopy(model.trunk, {id(weight): weight for weight in linear}).eval()
+        self.twin = twin_of(model.trunk).eval()
         self.products = Packed(dtype)
         self.reader = Recurrent(self.twin, self.products)
         self._head = Joined([model.get_output_embeddings()], dtype)
@@ -56,11 +52,7 @@ class RecurrentDecoder:
     def load(self, model: Any) -> None:
         """See ``Decoder``."""
         assert model is self._of, "the linear weights are read where they lie: another model takes another decoder"
-        for mine, theirs in zip(self.twin.parameters(), model.trunk.parameters(), strict=True):
-            if mine is not theirs:
-                mine.copy_(theirs)
-        for one in [*self.products.made, self._head]:
-            one.load()
+        follow(self.twin, model.trunk, [*self.products.made, self._head])
 
     def new_cache(self, slots: int, width: int) -> StateCache:
         """See ``Decoder``; a state has the same size for texts of any width."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from instant_reward.policies.trunk import Product
+from instant_reward.policies.trunk import Product, is_linear
 
 PACKED_ROWS = 32  # the matrices are packed for products with about so many rows
 
@@ -71,3 +72,19 @@ class Joined:
         """``[O, I]``; GPT-2 stores it the other way round."""
         weight: Tensor = layer.weight
         return weight if isinstance(layer, nn.Linear) else weight.t()
+
+
+def twin_of(base: Any) -> Any:
+    """A copy of a trunk with norms, embeddings and biases of its own; its linear weights are the trunk's."""
+    linear = [one.weight for one in base.modules() if is_linear(one)]
+    return copy.deepcopy(base, {id(weight): weight for weight in linear})
+
+
+@torch.no_grad()
+def follow(twin: Any, base: Any, products: Iterable[Joined]) -> None:
+    """Takes over a trunk's weights as they are now, into its twin and into the products made of it."""
+    for mine, theirs in zip(twin.parameters(), base.parameters(), strict=True):
+        if mine is not theirs:
+            mine.copy_(theirs)
+    for one in products:
+        one.load()
