@@ -17,22 +17,15 @@ from instant_reward.types import Carried, PolicyOutput
 from instant_reward.weights import planned
 
 
-class Imitating:
-    """A policy as it learns from given texts: its dropout is on.
+class Through:
+    """A policy as it learns; what changes something of that begins here."""
 
-    Args:
-        bare: log-probabilities alone, nothing of what the run's algorithm asks for besides.
-    """
-
-    def __init__(self, policy: Policy, bare: bool = False) -> None:
-        self.policy, self.bare = policy, bare
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
 
     def __call__(self, batch: Batch) -> PolicyOutput:
         """See ``Learner``."""
-        with self.policy.dropping_out():
-            if not self.bare:
-                return self.policy(batch)
-            return self.policy.token_logprobs(self.policy.head(self.policy.model, batch), batch)
+        return self.policy(batch)
 
     def backward(self, loss: Tensor) -> None:
         """See ``Learner``."""
@@ -47,7 +40,26 @@ class Imitating:
         return self.policy.step()
 
 
-class Joined:
+class Imitating(Through):
+    """A policy as it learns from given texts: its dropout is on.
+
+    Args:
+        bare: log-probabilities alone, nothing of what the run's algorithm asks for besides.
+    """
+
+    def __init__(self, policy: Policy, bare: bool = False) -> None:
+        super().__init__(policy)
+        self.bare = bare
+
+    def __call__(self, batch: Batch) -> PolicyOutput:
+        """See ``Learner``."""
+        with self.policy.dropping_out():
+            if not self.bare:
+                return self.policy(batch)
+            return self.policy.token_logprobs(self.policy.head(self.policy.model, batch), batch)
+
+
+class Joined(Through):
     """A policy that takes the gradient of given texts into each of its optimizer steps.
 
     Args:
@@ -55,20 +67,8 @@ class Joined:
     """
 
     def __init__(self, policy: Policy, beside: Beside, step: int) -> None:
-        self.policy, self.beside, self.run_step = policy, beside, step
-        self.done = 0
-
-    def __call__(self, batch: Batch) -> PolicyOutput:
-        """See ``Learner``."""
-        return self.policy(batch)
-
-    def backward(self, loss: Tensor) -> None:
-        """See ``Learner``."""
-        self.policy.backward(loss)
-
-    def forget(self) -> None:
-        """See ``Learner``."""
-        self.policy.forget()
+        super().__init__(policy)
+        self.beside, self.run_step, self.done = beside, step, 0
 
     def step(self) -> dict[str, float]:
         """See ``Learner``; what it says holds the texts' mean error in nats per token, and their weight."""
