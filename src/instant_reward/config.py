@@ -390,7 +390,7 @@ class Config(Section):
     @classmethod
     def _beside(cls, value: SupervisedConfig | None, info: Any) -> SupervisedConfig | None:
         algorithm = info.data.get("algorithm")
-        if value is not None and algorithm is not None and algorithm.name == "likelihood":
+        if value is not None and algorithm is not None and preset_of(algorithm).loss == "likelihood":
             raise ValueError("likelihood learns from given texts already; give all of them in data")
         return value
 

@@ -19,6 +19,7 @@ from instant_reward.policies.load import (
     end_ids,
     load_beside,
     load_model,
+    pad_id,
     with_lora,
 )
 from instant_reward.policies.memory import keep_freed_memory
@@ -50,7 +51,7 @@ class CausalPolicy(Policy):
     ) -> None:
         super().__init__(model, tokenizer, compute, adapter, name)
         self.end_ids = end_ids(model, tokenizer)
-        self.pad_id = int(next(i for i in (tokenizer.pad_token_id, *self.end_ids, 0) if i is not None))
+        self.pad_id = pad_id(tokenizer, self.end_ids)
         check_head(model)
         check_attention(model)
         if self.device.type == "cpu":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,6 +132,11 @@ def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
         value = getattr(source, "eos_token_id", None)
         found += value if isinstance(value, list) else [] if value is None else [value]
     return tuple(sorted(set(found)))
+
+
+def pad_id(tokenizer: Any, ends: Sequence[int]) -> int:
+    """What pads rows: the tokenizer's padding token, else an end token, else 0."""
+    return int(next(i for i in (tokenizer.pad_token_id, *ends, 0) if i is not None))
 
 
 def check_attention(model: Any) -> None:

@@ -17,7 +17,16 @@ from instant_reward.data import to_prompts
 from instant_reward.policies import terms
 from instant_reward.policies.encoder_decoder import EncoderDecoder, check_parts, output_bias, start_ids
 from instant_reward.policies.head import Softmax
-from instant_reward.policies.load import SEQ2SEQ, Dtype, compute_dtype, end_ids, load_beside, load_model, with_lora
+from instant_reward.policies.load import (
+    SEQ2SEQ,
+    Dtype,
+    compute_dtype,
+    end_ids,
+    load_beside,
+    load_model,
+    pad_id,
+    with_lora,
+)
 from instant_reward.policies.policy import Policy
 from instant_reward.policies.sources import SourceStates
 from instant_reward.types import Prompt, UserError
@@ -54,7 +63,7 @@ class Seq2SeqPolicy(Policy):
         ends = end_ids(model, tokenizer)
         separator = getattr(tokenizer, "sep_token_id", None)  # what ends a text of a BERT
         self.end_ids = ends or (() if separator is None else (int(separator),))
-        self.pad_id = int(next(i for i in (tokenizer.pad_token_id, *self.end_ids, 0) if i is not None))
+        self.pad_id = pad_id(tokenizer, self.end_ids)
         self.starts = start_ids(model)
 
     @property

@@ -39,8 +39,8 @@ class SourceStates:
         """
         if batch.contexts is None or any(context is None for context in batch.contexts):
             raise UserError(
-                "these texts have no sources for the encoder to read; give logprobs contexts=, a list of token ids a "
-                "row, or train on texts that a policy of this kind wrote"
+                "these texts have no sources for the encoder to read; name their column by data.column, give logprobs "
+                "contexts= (a list of token ids a row), or take texts that a policy of this kind wrote"
             )
         device = next(base.parameters()).device
         sources, source_of = distinct(batch.contexts)
