@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from instant_reward import data
 from instant_reward.config import DataConfig, RewardConfig
 from instant_reward.imports import resolve
+from instant_reward.notice import status
 from instant_reward.rewards.base import Reward, as_reward
 from instant_reward.rewards.compose import change
 from instant_reward.rewards.names import import_path, make
@@ -54,7 +56,7 @@ def _reward(config: RewardConfig) -> Reward:
     return made.but(**changes)
 
 
-def load_prompt_rows(config: DataConfig) -> list[dict[str, Any]]:
+def load_prompt_rows(config: DataConfig) -> Sequence[dict[str, Any]]:
     """The rows of a data config: one mapping a prompt, its other columns beside it; of a split, its ``part``.
 
     Raises:
@@ -63,7 +65,7 @@ def load_prompt_rows(config: DataConfig) -> list[dict[str, Any]]:
     return load_parts(config, [config.part])[config.part]
 
 
-def load_parts(config: DataConfig, names: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+def load_parts(config: DataConfig, names: Sequence[str] | None = None) -> dict[str, Sequence[dict[str, Any]]]:
     """The rows of the parts of a data config, by name; without a split there is one, "train".
 
     Args:
@@ -85,28 +87,29 @@ def load_parts(config: DataConfig, names: Sequence[str] | None = None) -> dict[s
     return {name: rows[: config.limit] for name, rows in parts.items() if names is None or name in names}
 
 
-def _called(config: DataConfig) -> list[Any]:
-    """The rows that the function of a data config hands out."""
+def _called(config: DataConfig) -> Iterable[Any]:
+    """The rows that the function of a data config hands out, none of them in memory before it is needed."""
     assert config.use is not None, "the config names no function"
     function = resolve(config.use)
     try:
-        return list(function(**config.args))
+        found: Iterable[Any] = iter(function(**config.args))
     except TypeError as error:
         raise UserError(f"data.use: {config.use} does not take args {config.args}: {error}; correct them") from error
+    return found
 
 
-def _load(config: DataConfig, source: Any, limit: int | None) -> list[dict[str, Any]]:
+def _load(config: DataConfig, source: Any, limit: int | None) -> Sequence[dict[str, Any]]:
     pair = config.column if isinstance(config.column, list) else []
     logged = [] if config.logged is None else list(config.logged.model_dump().values())
-    rows = data.load_rows(
-        source,
-        column=pair[0] if pair else config.prompt_column or config.completion or "prompt",
-        limit=limit,
-        columns=config.columns,
-        needed=[*pair[1:], *([config.completion] if config.completion else []), *logged],
-        encoding=config.encoding,
-        unique=config.unique,
-    )
-    for row in rows if pair else []:
-        row["prompt"] = [row[name] for name in pair]
-    return rows
+    with status(f"reading {config.path or config.use or 'the data'} to disk") if config.stream else nullcontext():
+        return data.load_rows(
+            source,
+            column=pair[0] if pair else config.prompt_column or config.completion or "prompt",
+            limit=limit,
+            columns=config.columns,
+            needed=[*pair[1:], *([config.completion] if config.completion else []), *logged],
+            encoding=config.encoding,
+            unique=config.unique,
+            pair=pair,
+            stream=config.stream,
+        )

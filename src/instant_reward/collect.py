@@ -15,7 +15,7 @@ from instant_reward.algorithms import Algorithm
 from instant_reward.batch import collate
 from instant_reward.config import Config, DataConfig, LoggedConfig
 from instant_reward.credit import Source
-from instant_reward.data import Prompts, label_of
+from instant_reward.data import Prompts, Row, label_of
 from instant_reward.policies.policy import Policy
 from instant_reward.policies.teacher import check_template
 from instant_reward.presets import Preset
@@ -25,10 +25,13 @@ from instant_reward.rewards.logged import number_in
 from instant_reward.rewards.scope import remembering, replay_groups
 from instant_reward.rewards.watch import Watch
 from instant_reward.sampling.sampler import Sampler, in_order
+from instant_reward.stored import Stored, on_disk
 from instant_reward.text import Decoder, TextStream
 from instant_reward.types import Prompt, Rollout, UserError
 
 Group = list[Rollout]
+
+AT_ONCE = 1024  # rows of a stream that become prompts together
 
 
 class Sampled:
@@ -222,12 +225,24 @@ def texts_of(
 
 def prompts_of(
     data: DataConfig, rows: Sequence[Mapping[str, Any]], policy: Policy, room: int, most: int | None
-) -> list[Prompt]:
-    """The prompts of the data; where it has none, the opening token alone, with the columns beside it."""
+) -> Sequence[Prompt]:
+    """The prompts of the data, on disk where its rows are; where it has none, the opening token alone, with the columns
+    beside it."""
     column = data.prompt_column
-    if column is None:
-        return policy.unprompted(rows)
-    return policy.prompts(rows, column, room, most)
+
+    def made(some: Sequence[Mapping[str, Any]]) -> list[Prompt]:
+        return policy.unprompted(some) if column is None else policy.prompts(some, column, room, most)
+
+    if not on_disk(rows):
+        return made(rows)
+    starts = range(0, len(rows), AT_ONCE)
+    return Stored(prompt for start in starts for prompt in made(_with_ids(rows, start)))
+
+
+def _with_ids(rows: Sequence[Mapping[str, Any]], start: int) -> list[Row]:
+    """Some of the rows; those without an id have their number in the whole as one."""
+    some = [(number, rows[number]) for number in range(start, min(start + AT_ONCE, len(rows)))]
+    return [Row({"id": number, **row}, getattr(row, "where", f"prompt {number}")) for number, row in some]
 
 
 def _check_teacher(prompts: Sequence[Prompt], config: Config) -> None:
@@ -292,6 +307,11 @@ def check_source(config: Config, preset: Preset) -> None:
         raise UserError(
             "data.completion: nobody knows with what chances these texts were written, so ratios to them mean "
             "nothing; use awr, rwr, raft, ilql or value"
+        )
+    if given and config.data.stream and preset.loss != "likelihood":
+        raise UserError(
+            f"data.stream: {config.algorithm.name} puts given texts of one prompt together, for which all are held in "
+            "memory; leave it out, or use likelihood"
         )
     if given and config.train.replay:
         raise UserError("train.replay: the texts are given and come again in every epoch; leave it out")

@@ -106,6 +106,8 @@ class DataConfig(Section):
         unique: leave out rows whose value in this column came before.
         split: the parts of the data, as fractions of its rows or as a file each; ``part`` is the one taken.
         limit: the first so many rows of what is left.
+        stream: rows, prompts and texts lie in a temporary file and are read when a step needs them, for data that is
+            larger than memory.
     """
 
     short = "path"
@@ -124,6 +126,7 @@ class DataConfig(Section):
     unique: Text | None = None
     split: SplitConfig | None = None
     part: Literal["train", "validation", "test"] = "train"
+    stream: bool = False
 
     @property
     def prompt_column(self) -> str | None:
@@ -160,7 +163,7 @@ class DataConfig(Section):
             raise ValueError("rollouts are whole texts already; leave out completion and logged")
         if self.completion is not None and self.logged is not None:
             raise ValueError("logged names the column of the actions itself; leave out completion")
-        shaped = [name for name in ("args", "limit", "columns", "unique", "split") if getattr(self, name)]
+        shaped = [name for name in ("args", "limit", "columns", "unique", "split", "stream") if getattr(self, name)]
         shaped += ["column"] if self.column != "prompt" else []
         if self.rollouts is not None and shaped:
             raise ValueError(f"rollouts are taken as they are; leave out {' and '.join(shaped)}")

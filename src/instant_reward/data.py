@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from instant_reward.data_files import Located, read_items
 from instant_reward.data_rows import Row as Row
+from instant_reward.data_rows import TextsIn as TextsIn
 from instant_reward.data_rows import as_row, as_rows, unique_rows
 from instant_reward.data_rows import check_labels as check_labels
 from instant_reward.data_rows import label_of as label_of
 from instant_reward.data_rows import labels_of as labels_of
 from instant_reward.data_rows import split as split
-from instant_reward.data_rows import stream_rows as stream_rows
-from instant_reward.data_rows import texts_in as texts_in
 from instant_reward.reviews import movie_reviews as movie_reviews
+from instant_reward.stored import held
 from instant_reward.types import Message, Prompt, UserError
 
 Item = TypeVar("Item")
 
 
 def load_rows(
-    source: str | Path | Sequence[Any],
+    source: str | Path | Iterable[Any],
     column: str = "prompt",
     limit: int | None = None,
     *,
@@ -36,7 +37,9 @@ def load_rows(
     needed: Sequence[str] = (),
     encoding: str = "utf-8",
     unique: str | None = None,
-) -> list[dict[str, Any]]:
+    pair: Sequence[str] = (),
+    stream: bool = False,
+) -> Sequence[dict[str, Any]]:
     """The rows of a data set, each with its prompt under ``column`` and the other columns beside it.
 
     Args:
@@ -49,6 +52,8 @@ def load_rows(
         needed: columns that must hold something in every row.
         encoding: of a text file.
         unique: leaves out rows whose value in this column came before.
+        pair: two columns that are put together, as a list under "prompt".
+        stream: the rows are kept on disk and read one by one when they are asked for (``stored.Stored``).
 
     Raises:
         UserError: the file is missing, unreadable or empty, or a row has no such column or an empty cell (None, NaN)
@@ -60,15 +65,21 @@ def load_rows(
     if isinstance(source, str | Path):
         name, found = str(source), read_items(Path(source).expanduser(), encoding)
     else:
-        places = (getattr(item, "where", f"prompt {index}") for index, item in enumerate(source))
-        name, found = "the list of prompts", zip(places, source, strict=True)
+        located = ((getattr(item, "where", f"prompt {index}"), item) for index, item in enumerate(source))
+        name, found = "the list of prompts", located
     rows: Iterator[Row] = as_rows(found, column, columns, needed)
     if unique is not None:
         rows = unique_rows(rows, unique)
-    kept: list[dict[str, Any]] = list(itertools.islice(rows, limit))
+    paired: Iterable[dict[str, Any]] = (_paired(row, pair) for row in rows) if pair else rows
+    kept = held(itertools.islice(paired, limit), stream)
     if not kept:
         raise UserError(f"{name} holds no prompts: add at least one.")
     return kept
+
+
+def _paired(row: Row, pair: Sequence[str]) -> Row:
+    row["prompt"] = [row[name] for name in pair]
+    return row
 
 
 def to_prompts(
@@ -145,7 +156,7 @@ class Prompts(Generic[Item]):
         if per_step < 1:
             raise UserError(f"prompts per step is {per_step}: give 1 or more.")
         self.items, self.per_step, self.seed = items, per_step, seed
-        self._epoch, self._order = -1, list[int]()
+        self._epoch, self._order = -1, array("q")
 
     def __len__(self) -> int:
         """How many items an epoch has."""
@@ -169,6 +180,6 @@ class Prompts(Generic[Item]):
     def _item(self, position: int) -> Item:
         epoch, index = divmod(position, len(self.items))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, list(range(len(self.items)))
+            self._epoch, self._order = epoch, array("q", range(len(self.items)))
             random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
         return self.items[self._order[index]]

@@ -1,4 +1,4 @@
-"""What is done to rows once they are read: columns, empty cells, duplicates, parts, a shuffled stream, labels."""
+"""What is done to rows once they are read: columns, empty cells, duplicates, parts, labels."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import hashlib
 import json
 import math
 import random
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
-from instant_reward.data_files import Located, read_items
+from instant_reward.data_files import Located
+from instant_reward.stored import picked
 from instant_reward.types import UserError
 
 Item = TypeVar("Item")
@@ -105,12 +106,21 @@ def unique_rows(rows: Iterable[Row], column: str) -> Iterator[Row]:
             yield row
 
 
-def texts_in(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> Iterator[str]:
-    """The texts in these columns, row by row; of messages, what each says.
+class TextsIn(Iterable[str]):
+    """The texts in these columns, row by row; of messages, what each says. Can be gone through as often as the rows.
 
     Raises:
         UserError: a row has no such column, or neither text nor messages in it; it names the row.
     """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
+        self.rows, self.columns = rows, columns
+
+    def __iter__(self) -> Iterator[str]:
+        return _texts_in(self.rows, self.columns)
+
+
+def _texts_in(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> Iterator[str]:
     for row in rows:
         found = row if isinstance(row, Row) else Row(row, "a row")
         for column in columns:
@@ -124,7 +134,7 @@ def texts_in(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> Itera
                 yield text
 
 
-def split(rows: Sequence[Item], fractions: Mapping[str, float], seed: int = 0) -> dict[str, list[Item]]:
+def split(rows: Sequence[Item], fractions: Mapping[str, float], seed: int = 0) -> dict[str, Sequence[Item]]:
     """The rows in parts, drawn by ``seed`` and the number of rows alone: what stands in a row plays no part.
 
     Args:
@@ -138,16 +148,16 @@ def split(rows: Sequence[Item], fractions: Mapping[str, float], seed: int = 0) -
         UserError: a fraction is not above 0, they add up to more than 1, or a part would have no row.
     """
     _check_fractions(fractions)
-    order = list(range(len(rows)))
+    order = array("q", range(len(rows)))
     random.Random(f"{seed}/split").shuffle(order)
-    parts: dict[str, list[Item]] = {}
+    parts: dict[str, Sequence[Item]] = {}
     reached, begin = 0.0, 0
     for name, fraction in fractions.items():
         reached += fraction
         end = round(reached * len(rows))
         if end == begin:
             raise UserError(f"split: {len(rows)} rows are too few for {name}={fraction:g}: it would have none.")
-        parts[name] = [rows[index] for index in sorted(order[begin:end])]
+        parts[name] = picked(rows, array("q", sorted(order[begin:end])))
         begin = end
     return parts
 
@@ -157,75 +167,6 @@ def _check_fractions(fractions: Mapping[str, float]) -> None:
         raise UserError(
             f"split: the fractions {dict(fractions)} must be above 0 and add up to 1 or less: correct them."
         )
-
-
-def part_of(number: int, fractions: Mapping[str, float], seed: int = 0) -> str | None:
-    """The part that the row of this number falls in, drawn by number and seed alone; None where none reaches it.
-
-    For rows whose count nobody knows yet: the parts have their fractions on average, where ``split`` has them exactly.
-    """
-    digest = hashlib.blake2b(f"{seed}/part/{number}".encode(), digest_size=8).digest()
-    place, reached = int.from_bytes(digest, "big") / 2**64, 0.0
-    for name, fraction in fractions.items():
-        reached += fraction
-        if place < reached:
-            return name
-    return None
-
-
-def stream_rows(
-    path: str | Path,
-    buffer: int = 10_000,
-    seed: int = 0,
-    *,
-    column: str = "prompt",
-    columns: Mapping[str, str] | None = None,
-    needed: Sequence[str] = (),
-    encoding: str = "utf-8",
-    unique: str | None = None,
-    fractions: Mapping[str, float] | None = None,
-    part: str = "train",
-    split_seed: int = 0,
-) -> Iterator[Row]:
-    """The rows of a file once, in a shuffled order, with at most ``buffer`` of them in memory.
-
-    Each row that is read takes the place of one drawn from the buffer: a row comes out no more than ``buffer`` places
-    early, and can come out any number of places late. A buffer of 1 keeps the file's order.
-
-    Args:
-        seed: the same seed gives the same order; another epoch wants another one.
-        unique: leaves out rows whose value in this column came before, for 16 bytes of memory a value.
-        fractions: takes the rows of one ``part`` alone, drawn by ``split_seed`` and the row's number; sizes are the
-            fractions on average.
-
-    Raises:
-        UserError: the file cannot be read piece by piece (a JSON list), or as ``load_rows`` says.
-    """
-    if buffer < 1:
-        raise UserError(f"stream_rows: buffer is {buffer}: give 1 or more.")
-    file = Path(path).expanduser()
-    if file.suffix.lower() == ".json":
-        raise UserError(f"stream_rows: {path} is one JSON list, which is read whole: write it as .jsonl, a row a line.")
-    rows: Iterator[Row] = as_rows(read_items(file, encoding), column, columns, needed)
-    if unique is not None:
-        rows = unique_rows(rows, unique)
-    if fractions is not None:
-        _check_fractions(fractions)
-        if part not in fractions:
-            raise UserError(f"stream_rows: there is no part {part!r} among {', '.join(fractions)}: name one of them.")
-        rows = (row for number, row in enumerate(rows) if part_of(number, fractions, split_seed) == part)
-    drawn, held = random.Random(f"{seed}/stream"), list[Row]()
-    for row in rows:
-        if len(held) < buffer:
-            held.append(row)
-            continue
-        place = drawn.randrange(buffer)
-        held[place], row = row, held[place]
-        yield row
-    if not held:
-        raise UserError(f"{path} holds no rows: add at least one.")
-    drawn.shuffle(held)
-    yield from held
 
 
 def label_of(row: Mapping[str, Any], column: str = "label") -> str:
@@ -256,21 +197,27 @@ def _by_size(label: str) -> tuple[bool, float, str]:
     return (not number, float(label) if number else 0.0, label)
 
 
-def check_labels(parts: Mapping[str, Sequence[Mapping[str, Any]]], column: str = "label") -> list[str]:
+def check_labels(
+    parts: Mapping[str, Sequence[Mapping[str, Any]]], column: str | Mapping[str, str] = "label"
+) -> list[str]:
     """The labels of the part ``train``, once every part is known to have all of them and no others.
+
+    Args:
+        column: where the labels are, in all parts or in each by its name.
 
     Raises:
         UserError: there is but one label, a part has one that training never sees (it names the row), or lacks one.
     """
-    known = labels_of(parts["train"], column)
+    columns = {name: column if isinstance(column, str) else column[name] for name in parts}
+    known = labels_of(parts["train"], columns["train"])
     if len(known) < 2:
         raise UserError(
-            f"train has the one label {known[0]!r} in the column {column!r}: there is nothing to tell apart."
+            f"train has the one label {known[0]!r} in the column {columns['train']!r}: there is nothing to tell apart."
         )
     for name, rows in parts.items():
         found = set[str]()
         for row in rows:
-            label = label_of(row, column)
+            label = label_of(row, columns[name])
             found.add(label)
             if label not in known:
                 where = getattr(row, "where", f"a row of {name}")

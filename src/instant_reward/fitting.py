@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 import random
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,12 +23,13 @@ from instant_reward.collect import (
     written_rollout,
 )
 from instant_reward.config import Config, DataConfig
-from instant_reward.data import Prompts
+from instant_reward.data import Prompts, check_labels
 from instant_reward.policies.annotate import likeliest
 from instant_reward.policies.policy import Policy
 from instant_reward.rewards.base import Reward
 from instant_reward.rewards.scope import remembering, replay_groups
 from instant_reward.sampling.sampler import Sampler
+from instant_reward.stored import held, on_disk
 from instant_reward.types import Prompt, Rollout, UserError
 
 WINDOW = 1024  # texts among which those of like length are put together: the order stays random beyond it
@@ -41,6 +43,7 @@ class Written(Sequence[Rollout]):
         room: so many tokens are read at once, the prompt's included.
 
     Attributes:
+        texts: the prompt and the actions of each; on disk where the prompts are.
         lengths: tokens of each, its prompt included.
 
     Raises:
@@ -50,25 +53,30 @@ class Written(Sequence[Rollout]):
     def __init__(self, prompts: Sequence[Prompt], data: DataConfig, policy: Policy, room: int) -> None:
         assert data.completion is not None, "the config names no column of texts"
         self.policy, self.decoder = policy, policy.decoder()
-        self.prompts: list[Prompt] = []
-        self.actions: list[list[int]] = []
+        self.lengths = array("q")
+        self.texts = held(self._cut(prompts, data.completion, data.too_long, room), on_disk(prompts))
+
+    def _cut(
+        self, prompts: Sequence[Prompt], column: str, too_long: str, room: int
+    ) -> Iterator[tuple[Prompt, list[int]]]:
         for prompt in prompts:
-            ids = actions_for(prompt, data.completion, policy)
+            ids = actions_for(prompt, column, self.policy)
             own = room - len(prompt.token_ids)
-            if data.too_long == "refuse" or own < 1:
+            if too_long == "refuse" or own < 1:
                 check_fits(prompt, ids, room)
-            starts = range(0, len(ids), own) if data.too_long == "split" else range(1)
-            self.actions += [ids[start : start + own] for start in starts]
-            self.prompts += [prompt] * len(starts)
-        self.lengths = [len(one.token_ids) + len(ids) for one, ids in zip(self.prompts, self.actions, strict=True)]
+            for start in range(0, len(ids), own) if too_long == "split" else range(1):
+                piece = ids[start : start + own]
+                self.lengths.append(len(prompt.token_ids) + len(piece))
+                yield prompt, piece
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.lengths)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[one] for one in range(*index.indices(len(self)))]
-        return written_rollout(self.prompts[index], self.actions[index], index, self.policy, self.decoder)
+        prompt, ids = self.texts[index]
+        return written_rollout(prompt, ids, index, self.policy, self.decoder)
 
 
 class TokenBatches:
@@ -83,9 +91,9 @@ class TokenBatches:
     def __init__(self, lengths: Sequence[int], tokens: int, seed: int) -> None:
         self.lengths, self.tokens, self.seed = lengths, tokens, seed
         self._ends: list[int] = []  # after how many steps each epoch is over
-        self._epoch, self._batches = -1, list[list[int]]()
+        self._epoch, self._batches = -1, list[Sequence[int]]()
 
-    def batch(self, step: int) -> list[int]:
+    def batch(self, step: int) -> Sequence[int]:
         """The numbers of the texts of a step; the first step is 1."""
         while not self._ends or self._ends[-1] < step:
             self._ends.append((self._ends[-1] if self._ends else 0) + len(self._of_epoch(len(self._ends))))
@@ -98,10 +106,10 @@ class TokenBatches:
         rest = epochs - int(epochs)
         return whole + (math.ceil(rest * len(self._of_epoch(int(epochs)))) if rest else 0)
 
-    def _of_epoch(self, epoch: int) -> list[list[int]]:
+    def _of_epoch(self, epoch: int) -> list[Sequence[int]]:
         if epoch != self._epoch:
             dice = random.Random(f"{self.seed}/{epoch}")
-            order = list(range(len(self.lengths)))
+            order = array("q", range(len(self.lengths)))
             dice.shuffle(order)
             windows = [order[start : start + WINDOW] for start in range(0, len(order), WINDOW)]
             self._batches = [batch for window in windows for batch in self._cut(window)]
@@ -109,13 +117,12 @@ class TokenBatches:
             self._epoch = epoch
         return self._batches
 
-    def _cut(self, window: Sequence[int]) -> Iterator[list[int]]:
-        batch: list[int] = []
-        used = 0
+    def _cut(self, window: Sequence[int]) -> Iterator[Sequence[int]]:
+        batch, used = array("q"), 0
         for number in sorted(window, key=lambda one: self.lengths[one]):
             if batch and used + self.lengths[number] > self.tokens:
                 yield batch
-                batch, used = [], 0
+                batch, used = array("q"), 0
             batch.append(number)
             used += self.lengths[number]
         if batch:
@@ -128,7 +135,7 @@ class Texts:
 
     Attributes:
         rollouts: all texts; order: which of them a step gets.
-        compared: whether a reward reads what the policy would have written, under ``info["output"]``.
+        streamed: whether the texts lie on disk.
         skipped, drawn: see ``collect.Sampled``; nothing is ever left out.
     """
 
@@ -137,6 +144,7 @@ class Texts:
     policy: Policy
     rewards: Sequence[Reward]
     tokens_per_part: int = 1280
+    streamed: bool = False
     skipped: int = 0
     drawn: list[Rollout] = field(default_factory=list)
     _marked: dict[int, Rollout] = field(default_factory=dict)
@@ -158,8 +166,9 @@ class Texts:
 
     def _rate(self, chosen: Sequence[int]) -> None:
         compared = any(one.takes == "pair" for one in self.rewards)
-        # Texts that come again keep their marks, unless a reward looks at what changes in the meantime.
-        again = compared or bool(remembering(self.rewards))
+        # Texts that come again keep their marks, unless a reward looks at what changes in the meantime, or memory has
+        # no room for all of them.
+        again = compared or bool(remembering(self.rewards)) or self.streamed
         fresh = [rollout for number, rollout in zip(chosen, self.drawn, strict=True) if number not in self._marked]
         some = list(self.drawn) if again else fresh
         if not some:
@@ -196,7 +205,7 @@ def texts_to_fit(config: Config, rows: Sequence[Mapping[str, Any]], policy: Poli
     else:
         rollouts = written(config.data, rows, policy, config.model.max_context)
     order = ordered(rollouts, config.train.prompts_per_step, config.train.tokens_per_step, config.seed)
-    return Texts(rollouts, order, policy, rewards, config.train.tokens_per_part)
+    return Texts(rollouts, order, policy, rewards, config.train.tokens_per_part, config.data.stream)
 
 
 def ordered(rollouts: Sequence[Rollout], texts: int, tokens: int | None, seed: int) -> TokenBatches | Prompts[int]:
@@ -220,11 +229,23 @@ class HeldOutTexts:
 
     Args:
         data: the config's ``evaluate.texts``.
+        learned: the rows that are learned from and their column, where the labels of both must be the same.
     """
 
-    def __init__(self, data: DataConfig, policy: Policy, most: int | None = None, tokens_per_part: int = 1280) -> None:
-        self.texts = written(data, assemble.load_prompt_rows(data), policy, most)
+    def __init__(
+        self,
+        data: DataConfig,
+        policy: Policy,
+        most: int | None = None,
+        tokens_per_part: int = 1280,
+        learned: tuple[Sequence[Mapping[str, Any]], str] | None = None,
+    ) -> None:
+        rows = assemble.load_prompt_rows(data)
+        self.texts = written(data, rows, policy, most)
         self.tokens_per_part = tokens_per_part
+        if policy.labels and learned is not None and data.completion is not None:
+            columns = {"train": learned[1], "evaluate.texts": data.completion}
+            check_labels({"train": learned[0], "evaluate.texts": rows}, columns)
 
     def measure(self, policy: Policy) -> dict[str, float]:
         """How well a policy foresees them.

@@ -21,7 +21,7 @@ from instant_reward.batch import Batch, Learner, collate
 from instant_reward.beside import Beside, Imitating, beside
 from instant_reward.collect import Given, Replay, Sampled, check_source, numbered, texts_of
 from instant_reward.config import Config
-from instant_reward.data import texts_in
+from instant_reward.data import TextsIn
 from instant_reward.fitting import HeldOutTexts, Texts, texts_to_fit
 from instant_reward.policies.kinds import load_policy
 from instant_reward.policies.optimizer import Optimization
@@ -312,7 +312,8 @@ def prepare(config: Config, rewards: Sequence[Any] | None = None, resume: bool =
     held_out = None
     if config.evaluate.texts is not None:
         limits = (config.model.max_context, config.train.tokens_per_part)
-        held_out = HeldOutTexts(config.evaluate.texts, policy, *limits)
+        learned = (rows, config.data.completion) if config.data.completion else None
+        held_out = HeldOutTexts(config.evaluate.texts, policy, *limits, learned)
     imitated = beside(config, policy) if config.supervised is not None else None
     if config.evaluate.prompts is not None:  # read again when they are needed; what is wrong shows now
         assemble.load_prompt_rows(config.evaluate.prompts)
@@ -376,7 +377,7 @@ def start_policy(config: Config, folder: str | Path, rows: Sequence[Mapping[str,
     scratch, name = config.model.scratch, start_name(config, folder)
     if scratch is not None and not Path(name).is_dir():
         given = [column for column in (config.data.prompt_column, config.data.completion) if column]
-        return new_policy(scratch, list(texts_in(rows, scratch.tokenizer.columns or given)), config.model.dtype)
+        return new_policy(scratch, TextsIn(rows, scratch.tokenizer.columns or given), config.model.dtype)
     lora = config.model.lora.model_dump() if config.model.lora else None
     labels = config.model.labels if name == config.model.name else []  # the start in the run's folder has them
     return load_policy(name, config.model.dtype, lora=lora, labels=labels, seed=config.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def run(folder: Path, out: Path, steps: int = 2, resume: bool = False, **section
         "out": str(out),
     }  # fmt: skip
     for name, section in sections.items():
-        values[name] = {**values[name], **section}
+        values[name] = {**values.get(name, {}), **section}
     return ir.train(Config.build(values), rewards=[right], resume=resume)
 
 
@@ -194,6 +195,28 @@ def test_bad_rows_are_named(folder: Path, tmp_path: Path) -> None:
     rows = [*ROWS[:2], {"prompt": "slow", "label": "superb"}]
     with pytest.raises(UserError, match=r"prompt 2 has the label 'superb'.*'bad', 'fine', 'good'"):
         run(folder, tmp_path / "run", data={"prompts": rows, "completion": "label"}, algorithm={"name": "raft"})
+
+
+def test_labels_of_training_and_of_held_out_texts_must_be_the_same(folder: Path, tmp_path: Path) -> None:
+    data = {"prompts": ROWS, "completion": "label"}
+
+    def judged(rows: Sequence[dict[str, Any]], data: dict[str, Any] = data) -> ir.Run:
+        held_out = {"texts": {"prompts": list(rows), "completion": "stars"}}
+        likelihood = {"name": "likelihood"}
+        return run(
+            folder, tmp_path / "run", data=data, algorithm=likelihood, evaluate=held_out, train={"save_every": 1}
+        )
+
+    renamed = [{"prompt": row["prompt"], "stars": row["label"]} for row in ROWS]
+    few = [row for row in renamed if row["stars"] != "bad"]
+    with pytest.raises(UserError, match=r"evaluate\.texts has no row with the label bad: give it more rows"):
+        judged(few)
+    one = [row for row in ROWS if row["label"] == "good"]
+    with pytest.raises(UserError, match=r"train has the one label 'good' in the column 'label': there is nothing"):
+        judged(renamed, {"prompts": one, "completion": "label"})
+    with pytest.raises(UserError, match=r"\(evaluate\.texts\) has the label 'fine', which training never sees"):
+        judged([*renamed, {"prompt": "a film", "stars": "fine"}])
+    assert judged(renamed).metrics[-1]["held_out/accuracy"] >= 0.0
 
 
 def test_a_decision_about_nothing_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Columns, empty cells, encodings, duplicates, parts, the shuffled stream, and labels."""
+"""Columns, empty cells, encodings, duplicates, parts, streams, and labels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 import tracemalloc
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import yaml
 
 from instant_reward.assemble import load_parts, load_prompt_rows
 from instant_reward.config import Config, DataConfig
-from instant_reward.data import Row, check_labels, label_of, labels_of, load_rows, split, stream_rows, texts_in
+from instant_reward.data import Row, TextsIn, check_labels, label_of, labels_of, load_rows, split
 from instant_reward.types import UserError
 
 
@@ -111,7 +112,7 @@ def test_a_line_in_another_encoding_is_named(suffix: str, tmp_path: Path) -> Non
     ):
         load_rows(path)
     with pytest.raises(UserError, match=r"line 3002 is not UTF-8"):
-        list(stream_rows(path, buffer=10))
+        load_rows(path, stream=True)
 
 
 def test_other_encodings_are_read_when_named(tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_a_saved_data_set_is_read(tmp_path: Path) -> None:
     found = datasets.Dataset.from_dict({"prompt": ["a", "电影", "c"], "label": [0, 1, 0]})
     found.select([2, 1]).save_to_disk(str(tmp_path / "one"))
     assert load_rows(tmp_path / "one") == [{"prompt": "c", "label": 0}, {"prompt": "电影", "label": 1}]
-    assert [row["prompt"] for row in stream_rows(tmp_path / "one", buffer=1)] == ["c", "电影"]
+    assert [row["prompt"] for row in load_rows(tmp_path / "one", stream=True)] == ["c", "电影"]
     datasets.DatasetDict({"train": found, "test": found.select([0])}).save_to_disk(str(tmp_path / "both"))
     parts = load_parts(data(split={"train": str(tmp_path / "both" / "train"), "test": str(tmp_path / "both" / "test")}))
     assert {name: len(rows) for name, rows in parts.items()} == {"train": 3, "test": 1}
@@ -170,7 +171,7 @@ def test_duplicates_are_left_out(tmp_path: Path) -> None:
     assert [row["n"] for row in load_rows(path, unique="prompt")] == ["1", "2", "4"]
     assert [row["n"] for row in load_rows(path, unique="prompt", limit=2)] == ["1", "2"]
     assert len(load_prompt_rows(data(path=str(path), unique="prompt"))) == 3
-    assert sorted(row["n"] for row in stream_rows(path, unique="prompt")) == ["1", "2", "4"]
+    assert [row["n"] for row in load_rows(path, unique="prompt", stream=True)] == ["1", "2", "4"]
     messages = [[{"role": "user", "content": text}] for text in ("hi", "hi", "ho")]
     assert len(load_rows(messages, unique="prompt")) == 2
     with pytest.raises(UserError, match="line 2 has no column 'text'"):
@@ -261,68 +262,46 @@ def test_a_split_comes_back_from_the_dump_of_its_config(tmp_path: Path) -> None:
     assert Config.load(tmp_path / "config.yaml", ["rewards=[m:f]"]).data == config.data
 
 
-# The stream
+# Streams
 
 
-def test_the_stream_gives_each_row_once_in_an_order_of_its_seed(tmp_path: Path) -> None:
-    path = write_csv(tmp_path / "a.csv", "prompt", *map(str, range(100)))
+def test_streamed_rows_are_the_rows(tmp_path: Path) -> None:
+    path = write_csv(
+        tmp_path / "a.csv", "review,n", *(f"电影 {number},{number % 7}" for number in range(50)), "电影 3,9"
+    )
+    plain = data(path=str(path), columns={"prompt": "review"}, unique="prompt", limit=20)
+    streamed = plain.model_copy(update={"stream": True})
+    assert list(load_prompt_rows(streamed)) == list(load_prompt_rows(plain))
+    assert load_prompt_rows(streamed)[3].where.endswith("a.csv, line 5")  # type: ignore[attr-defined]
+    cut = data(path=str(path), columns={"prompt": "review"}, split={"train": 0.7, "test": 0.2}, limit=5, stream=True)
+    whole = load_parts(cut.model_copy(update={"stream": False}))
+    assert {name: list(rows) for name, rows in load_parts(cut).items()} == whole
+    pairs = data(path=str(path), column=["review", "n"], stream=True)
+    assert load_prompt_rows(pairs)[1]["prompt"] == ["电影 1", "1"]
+    with pytest.raises(UserError, match=r"a\.csv, line 2 has no column 'prompt'"):
+        load_rows(path, stream=True)
+    with pytest.raises(UserError, match="holds no prompts"):
+        load_rows(write_csv(tmp_path / "b.csv", "prompt"), stream=True)
 
-    def order(buffer: int, seed: int = 0) -> list[int]:
-        return [int(row["prompt"]) for row in stream_rows(path, buffer, seed)]
 
-    assert order(1) == list(range(100))
-    assert sorted(order(10)) == sorted(order(1000)) == list(range(100))
-    assert order(10) == order(10)
-    assert len({tuple(order(10)), tuple(order(10, seed=1)), tuple(order(1000)), tuple(range(100))}) == 4
-    assert all(row < place + 10 for place, row in enumerate(order(10))), "no row is known before it is read"
+def many(count: int) -> Iterator[dict[str, str]]:
+    yield from ({"prompt": f"{number} {'字' * 700}", "n": str(number)} for number in range(count))
 
 
-def test_the_stream_keeps_no_more_than_its_buffer_in_memory(tmp_path: Path) -> None:
+def test_streamed_rows_stay_out_of_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     with path.open("w", encoding="utf-8") as handle:
         handle.write("prompt,n\n")
-        handle.writelines(f"{number} {'字' * 700},{number}\n" for number in range(10_000))
-    size = path.stat().st_size
-    assert size > 20_000_000
-    tracemalloc.start()
-    try:
-        count = sum(1 for _ in stream_rows(path, buffer=100, needed=["n"], unique="n"))
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert count == 10_000
-    assert peak < size / 10, f"{peak} bytes for a file of {size}"
-
-
-def test_parts_of_a_stream_share_no_row(tmp_path: Path) -> None:
-    path = write_csv(tmp_path / "a.csv", "prompt", *map(str, range(2000)))
-
-    def taken(part: str, **options: Any) -> list[int]:
-        options = {"fractions": {"train": 0.7, "test": 0.2}, **options}
-        return [int(row["prompt"]) for row in stream_rows(path, 50, part=part, **options)]
-
-    train, test = taken("train"), taken("test")
-    assert not set(train) & set(test)
-    assert 1350 < len(train) < 1450
-    assert 350 < len(test) < 450
-    assert set(taken("test", seed=5)) == set(test), "another epoch has the same part"
-    assert set(taken("test", split_seed=1)) != set(test)
-    with pytest.raises(UserError, match="there is no part 'validation' among train, test"):
-        taken("validation")
-    with pytest.raises(UserError, match="add up to 1 or less"):
-        taken("train", fractions={"train": 2.0})
-
-
-def test_what_cannot_be_streamed_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text("[]")
-    with pytest.raises(UserError, match=r"a\.json is one JSON list, which is read whole: write it as \.jsonl"):
-        list(stream_rows(tmp_path / "a.json"))
-    with pytest.raises(UserError, match="holds no rows"):
-        list(stream_rows(write_csv(tmp_path / "a.csv", "prompt")))
-    with pytest.raises(UserError, match="buffer is 0"):
-        list(stream_rows(tmp_path / "a.csv", buffer=0))
-    with pytest.raises(UserError, match="line 2 has no column 'prompt'"):
-        list(stream_rows(write_csv(tmp_path / "a.csv", "text", "a")))
+        handle.writelines(f"{row['prompt']},{row['n']}\n" for row in many(10_000))
+    for source in (path, many(10_000)):
+        tracemalloc.start()
+        try:
+            parts = split(load_rows(source, unique="prompt", stream=True), {"train": 0.9, "test": 0.1})
+            assert sum(int(row["n"]) for rows in parts.values() for row in rows) == 49_995_000
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < path.stat().st_size / 10, f"{peak} bytes for a file of {path.stat().st_size}"
 
 
 # Labels
@@ -359,10 +338,10 @@ def test_labels_are_compared_between_the_parts() -> None:
 
 def test_texts_are_found_in_rows_of_texts_and_messages() -> None:
     rows = load_rows([{"prompt": "a", "b": "c"}, {"prompt": [{"role": "user", "content": "d"}], "b": ""}])
-    assert list(texts_in(rows, ["prompt", "b"])) == ["a", "c", "d", ""]
-    assert Counter(texts_in(rows, ["b"])) == Counter(["c", ""])
+    assert list(TextsIn(rows, ["prompt", "b"])) == ["a", "c", "d", ""]
+    assert Counter(TextsIn(rows, ["b"])) == Counter(["c", ""])
     with pytest.raises(UserError, match="prompt 0 has no text in the column 'n'"):
-        list(texts_in(load_rows([{"prompt": "a", "n": 3}]), ["n"]))
+        list(TextsIn(load_rows([{"prompt": "a", "n": 3}]), ["n"]))
 
 
 def test_the_pages_examples_are_configs() -> None:

@@ -14,6 +14,7 @@ import instant_reward as ir
 from instant_reward import cli
 from instant_reward.config import Config, as_supervised
 from instant_reward.fitting import HeldOutTexts, Texts, TokenBatches
+from instant_reward.stored import on_disk
 from instant_reward.train import prepare
 from instant_reward.types import UserError
 from tiny import tiny_folder
@@ -143,6 +144,57 @@ def test_a_resumed_run_is_the_unbroken_one(model: Path, tmp_path: Path, options:
     resumed = ir.fit(whole, rewards=[length_of], resume=True)
     assert plain(resumed.metrics) == plain(unbroken.metrics)
     assert weights(resumed) == weights(unbroken)
+
+
+@pytest.mark.parametrize("options", [{}, {"tokens_per_step": 20}])
+def test_a_streamed_run_is_the_one_in_memory(
+    tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: tokenizer, weights and figures, of a file whose rows, prompts and texts lie on disk."""
+    monkeypatch.setattr("instant_reward.collect.AT_ONCE", 2)
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in [*PAIRS, *PAIRS[:2]]))
+    scratch = {"config": {"model_type": "transformer", "hidden_size": 16, "num_hidden_layers": 1}}
+    scratch["tokenizer"] = {"kind": "word", "vocabulary": 60, "minimum": 1}
+
+    def made(name: str, stream: bool) -> Config:
+        data = {"path": str(file), "column": "question", "completion": "answer", "unique": "question"}
+        parts = {"split": {"train": 0.7, "test": 0.3}, "stream": stream}
+        held_out = {"every": 3, "texts": {**data, **parts, "part": "test"}}
+        values = {"model": {"scratch": scratch}, "data": {**data, **parts, "too_long": "split"}, "evaluate": held_out}
+        values |= {"train": {"epochs": 3, "learning_rate": 3e-3, **options}, "out": str(tmp_path / name)}
+        return Config.build(as_supervised(values))
+
+    plainly, streamed = (ir.fit(made(name, name == "s"), rewards=[length_of]) for name in ("p", "s"))
+    assert plain(streamed.metrics) == plain(plainly.metrics)
+    assert weights(streamed) == weights(plainly)
+    texts = prepare(made("again", True)).texts
+    assert isinstance(texts, Texts)
+    assert on_disk(texts.rollouts.texts)  # type: ignore[attr-defined]
+    assert texts.rollouts[3].id == prepare(made("other", False)).texts.rollouts[3].id  # type: ignore[union-attr]
+
+
+def test_sampled_texts_come_from_streamed_prompts_too(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS))
+
+    def made(stream: bool) -> Config:
+        values: dict[str, Any] = {"path": str(tmp_path / "a.txt"), "stream": stream}
+        sections = {
+            "data": values,
+            "model": {"name": str(model), "dtype": "float32"},
+            "out": str(tmp_path / str(stream)),
+        }
+        return Config.build(
+            {**sections, "sampling": {"max_new_tokens": 4}, "train": {"steps": 4, "prompts_per_step": 2}}
+        )
+
+    runs = [ir.train(made(stream), rewards=[length_of]) for stream in (False, True)]
+    assert plain(runs[0].metrics) == plain(runs[1].metrics)
+    assert [one["prompt"] for one in runs[0].samples()] == [one["prompt"] for one in runs[1].samples()]
+    given = Config.build({"data": {"prompts": PAIRS, "completion": "answer", "column": "question", "stream": True}})
+    given.algorithm.name = "awr"
+    with pytest.raises(UserError, match=r"data\.stream: awr puts given texts of one prompt together"):
+        prepare(given.model_copy(update={"out": str(tmp_path / "x")}), [length_of])
 
 
 def length_of(text: str) -> float:

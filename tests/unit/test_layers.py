@@ -16,7 +16,7 @@ LAYERS = [
     ["_callable", "types"],
     [
         "cache", "config_scratch", "config_section", "config_split", "config_weight", "data_files", "data_rows",
-        "fetch", "imports", "models", "notice", "records", "reviews", "text",
+        "fetch", "imports", "models", "notice", "records", "reviews", "stored", "text",
     ],
     ["batch", "credit", "importance", "losses", "rewards"],
     [

@@ -56,7 +56,9 @@ class HeldOut:
         self.held_out = [one.but(train=False) for one in assemble.build_rewards(config.evaluate.held_out)]
         rows = assemble.load_prompt_rows(config.evaluate.prompts)
         room = config.sampling.max_new_tokens
-        self.prompts: list[Prompt] = prompts_of(config.evaluate.prompts, rows, policy, room, config.model.max_context)
+        self.prompts: Sequence[Prompt] = prompts_of(
+            config.evaluate.prompts, rows, policy, room, config.model.max_context
+        )
         self.reference = load_policy(start_name(config, config.out), config.model.dtype)
         self.labels = {f"score/{one.name}": f"{one.name} (trained on)" for one in self.rewards if one.train}
         watched = [one for one in [*self.rewards, *self.held_out] if not one.train]

@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 
 
 class Policy(Learning):
-    """A model that writes or decides, to be sampled from and trained."""
+    """A model that writes or decides, to be sampled from and trained.
+
+    Attributes:
+        labels: what it decides among, where that is the same for all prompts.
+    """
+
+    labels: Sequence[str] = ()
 
     @property
     @abstractmethod
