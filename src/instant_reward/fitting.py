@@ -272,3 +272,15 @@ class HeldOutTexts:
             "bits_per_character": total / math.log(2.0) / max(1, characters),
             "accuracy": right / count,
         }
+
+
+def held_out_texts(config: Config, rows: Sequence[Mapping[str, Any]], policy: Policy) -> HeldOutTexts | None:
+    """The texts of ``evaluate.texts``, where there are any.
+
+    Args:
+        rows: those that are learned from.
+    """
+    if config.evaluate.texts is None:
+        return None
+    learned = (rows, config.data.completion) if config.data.completion is not None else None
+    return HeldOutTexts(config.evaluate.texts, policy, config.model.max_context, config.train.tokens_per_part, learned)

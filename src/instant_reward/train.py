@@ -21,22 +21,19 @@ from instant_reward.batch import Batch, Learner, collate
 from instant_reward.beside import Beside, Imitating, beside
 from instant_reward.collect import Given, Replay, Sampled, check_source, numbered, texts_of
 from instant_reward.config import Config
-from instant_reward.data import TextsIn
-from instant_reward.fitting import HeldOutTexts, Texts, texts_to_fit
-from instant_reward.policies.kinds import load_policy
+from instant_reward.fitting import HeldOutTexts, Texts, held_out_texts, texts_to_fit
 from instant_reward.policies.optimizer import Optimization
 from instant_reward.policies.policy import Policy
-from instant_reward.policies.scratch import new_policy
 from instant_reward.policies.teacher import shown_to_teacher
-from instant_reward.presets import preset_of
 from instant_reward.progress import Metrics
 from instant_reward.records import rollout_record
 from instant_reward.rewards.base import Reward, as_rewards
 from instant_reward.rewards.logged import logged
 from instant_reward.rewards.scope import load_states, observe, states_of
-from instant_reward.run import START, Run
+from instant_reward.run import Run
 from instant_reward.sampling.draw import Settings
 from instant_reward.screen import Screen
+from instant_reward.start import start_policy
 from instant_reward.types import Carried, Rollout, UserError
 from instant_reward.watching import Course
 
@@ -309,11 +306,7 @@ def prepare(config: Config, rewards: Sequence[Any] | None = None, resume: bool =
         if not isinstance(texts, Texts):
             raise UserError("train.epochs: it counts passes over texts that are imitated; give train.steps")
         steps = texts.steps(config.train.epochs)
-    held_out = None
-    if config.evaluate.texts is not None:
-        limits = (config.model.max_context, config.train.tokens_per_part)
-        learned = (rows, config.data.completion) if config.data.completion else None
-        held_out = HeldOutTexts(config.evaluate.texts, policy, *limits, learned)
+    held_out = held_out_texts(config, rows, policy)
     imitated = beside(config, policy) if config.supervised is not None else None
     if config.evaluate.prompts is not None:  # read again when they are needed; what is wrong shows now
         assemble.load_prompt_rows(config.evaluate.prompts)
@@ -346,47 +339,6 @@ def prepare(config: Config, rewards: Sequence[Any] | None = None, resume: bool =
     if checkpoint is not None:
         _load(job, checkpoint)
     return job
-
-
-def load_run_policy(path: str | Path) -> tuple[Policy, Config]:
-    """The policy of a run folder, from its newest checkpoint, and the run's config.
-
-    Raises:
-        UserError: where there is no run or it has no checkpoint yet.
-    """
-    run = Run.open(path)
-    checkpoint = run.latest_checkpoint()
-    if checkpoint is None:
-        raise UserError(f"{path} has no checkpoint yet; let it train to its first one (train.save_every) or its end")
-    policy = start_policy(run.config, path)
-    policy.load_weights(checkpoint)
-    preset = preset_of(run.config.algorithm)
-    critic = algorithms.needs(run.config.algorithm, preset, 1).critic
-    if preset.loss == "ilql" and critic is not None and critic.model == "head":  # it may guide the decoding
-        policy.load_critic(checkpoint, critic)
-    return policy, run.config
-
-
-def start_policy(config: Config, folder: str | Path, rows: Sequence[Mapping[str, Any]] = ()) -> Policy:
-    """The policy as a run begins: the model that the config names, or one with new weights.
-
-    Args:
-        folder: the run's, where new weights are kept from the start on.
-        rows: the run's data, on which a new tokenizer is trained.
-    """
-    scratch, name = config.model.scratch, start_name(config, folder)
-    if scratch is not None and not Path(name).is_dir():
-        given = [column for column in (config.data.prompt_column, config.data.completion) if column]
-        return new_policy(scratch, TextsIn(rows, scratch.tokenizer.columns or given), config.model.dtype)
-    lora = config.model.lora.model_dump() if config.model.lora else None
-    labels = config.model.labels if name == config.model.name else []  # the start in the run's folder has them
-    return load_policy(name, config.model.dtype, lora=lora, labels=labels, seed=config.seed)
-
-
-def start_name(config: Config, folder: str | Path) -> str:
-    """What ``load_policy`` takes for the model that the run in ``folder`` began with."""
-    kept = Path(folder) / START
-    return str(kept) if kept.is_dir() or config.model.scratch is not None else config.model.name
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 
 import instant_reward as ir
 from instant_reward.presets import PRESETS
-from instant_reward.train import load_run_policy
+from instant_reward.start import load_run_policy
 from tiny import tiny_folder, tiny_llama
 
 PROMPTS = ["the movie was", "it was", "a film of"]

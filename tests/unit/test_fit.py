@@ -14,6 +14,7 @@ import instant_reward as ir
 from instant_reward import cli
 from instant_reward.config import Config, as_supervised
 from instant_reward.fitting import HeldOutTexts, Texts, TokenBatches
+from instant_reward.start import load_run_policy
 from instant_reward.stored import on_disk
 from instant_reward.train import prepare
 from instant_reward.types import UserError
@@ -255,7 +256,7 @@ def test_patience_ends_a_run_that_gets_no_better_and_returns_to_the_best(model: 
     assert run.metrics[-1]["returned_to"] == best
     judge = HeldOutTexts(run.config.evaluate.texts, run.policy)
     assert judge.measure(run.policy)["perplexity"] == pytest.approx(min(values), rel=1e-6)
-    reloaded, _ = __import__("instant_reward.train", fromlist=["x"]).load_run_policy(run.path)
+    reloaded, _ = load_run_policy(run.path)
     assert judge.measure(reloaded)["perplexity"] == pytest.approx(min(values), rel=1e-6)
 
 

@@ -17,7 +17,7 @@ from instant_reward.config import Config
 from instant_reward.imports import resolve
 from instant_reward.policies.classifier import ClassifierPolicy
 from instant_reward.run import Run
-from instant_reward.train import load_run_policy
+from instant_reward.start import load_run_policy
 from instant_reward.types import UserError
 
 DECISIONS = Path(__file__).parents[2] / "recipes" / "decisions.py"

@@ -17,7 +17,7 @@ from instant_reward.config import Config
 from instant_reward.config_scratch import ScratchConfig
 from instant_reward.policies.scratch import CLASSES, build_model
 from instant_reward.policies.seq2seq import Seq2SeqPolicy
-from instant_reward.train import load_run_policy
+from instant_reward.start import load_run_policy, start_policy
 from tiny import shared_tokenizer
 
 TEXTS = [
@@ -262,7 +262,7 @@ def test_the_tokenizer_reads_prompts_messages_completions_or_what_is_named(tmp_p
         tokenizer = {"kind": "word", "minimum": 1, **changes}
         config = run_config(tmp_path / "run", model={"scratch": {"config": GPT2, "tokenizer": tokenizer}})
         data = config.data.model_copy(update={"completion": "answer"})
-        policy = ir.train.start_policy(config.model_copy(update={"data": data}), tmp_path / "run", rows)  # type: ignore[attr-defined]
+        policy = start_policy(config.model_copy(update={"data": data}), tmp_path / "run", rows)
         return {token for token in policy.tokenizer.get_vocab() if not token.startswith("<")}
 
     assert words() == {"alpha", "beta", "delta"}

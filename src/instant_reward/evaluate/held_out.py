@@ -18,7 +18,8 @@ from instant_reward.records import rollout_from_record, rollout_record
 from instant_reward.rewards.base import Reward
 from instant_reward.rewards.compose import Change
 from instant_reward.sampling.sampler import in_order
-from instant_reward.train import sampling_settings, start_name
+from instant_reward.start import start_name
+from instant_reward.train import sampling_settings
 from instant_reward.types import Prompt, Rollout
 
 

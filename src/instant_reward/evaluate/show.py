@@ -25,7 +25,7 @@ from instant_reward.types import Prompt, Rollout, UserError
 
 def sample_texts(options: argparse.Namespace) -> int:
     """``instant-reward sample``."""
-    from instant_reward.train import load_run_policy
+    from instant_reward.start import load_run_policy
 
     rewards = _rewards(options.reward)
     guide = options.guide or 0.0
