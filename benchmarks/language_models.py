@@ -40,8 +40,7 @@ def fit(model: str, seed: int, options: argparse.Namespace) -> Path:
 
 def steer(model: str, seed: int, fitted: Path, options: argparse.Namespace) -> Path:
     """Steers a fitted model by the reward."""
-    newest = sorted(fitted.glob("checkpoints/step-*/policy"))[-1]
-    overrides = [f"model.name={newest}", f"seed={seed}"]
+    overrides = [f"model.name={fitted}", f"seed={seed}"]
     return train("steer", (options.folder / f"steer-{model}-{seed}").absolute(), overrides, options.threads)
 
 

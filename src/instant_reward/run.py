@@ -16,7 +16,6 @@ import functools
 import json
 import math
 import platform
-import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
@@ -25,6 +24,7 @@ from typing import Any
 
 from instant_reward import __version__
 from instant_reward.config import Config
+from instant_reward.models import checkpoints, step_of
 from instant_reward.run_files import (
     append_lines,
     plain,
@@ -42,7 +42,6 @@ from instant_reward.yaml_values import read_mapping
 # What a resumed run may change: how long it goes on, what it keeps, and where it lies.
 MAY_CHANGE = ("train.steps", "train.epochs", "train.save_every", "train.keep", "train.stop_when", "out")
 START = "start"
-_STEP = re.compile(r"step-(\d{6,})")
 
 
 class Run:
@@ -172,19 +171,13 @@ class Run:
 
     def latest_checkpoint(self) -> Path | None:
         """The checkpoint of the latest step. What a killed process left half written is never one."""
-        saved = self._checkpoints()
+        saved = checkpoints(self.path)
         return saved[-1] if saved else None
 
     def best_checkpoint(self) -> Path | None:
         """The kept checkpoint with the highest score; None where none has a score."""
-        scored = [(score, path) for path in self._checkpoints() if (score := _score(path)) is not None]
+        scored = [(score, path) for path in checkpoints(self.path) if (score := _score(path)) is not None]
         return max(scored)[1] if scored else None
-
-    def _checkpoints(self) -> list[Path]:
-        """The whole checkpoints, by step."""
-        folder = self.path / "checkpoints"
-        found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
-        return sorted(found, key=_step_of)
 
     def checkpoint(self, step: int) -> Path | None:
         """The checkpoint of a step, where there is one."""
@@ -193,15 +186,15 @@ class Run:
 
     def _prune(self, kept: Collection[int]) -> None:
         best = self.best_checkpoint()
-        for path in self._checkpoints()[: -self.config.train.keep]:
-            if path != best and _step_of(path) not in kept:
+        for path in checkpoints(self.path)[: -self.config.train.keep]:
+            if path != best and step_of(path) not in kept:
                 remove(path)
 
     def _go_back(self) -> None:
         """Put the folder back to how it was at the last checkpoint."""
         remove_leftovers(self.path / "checkpoints")
         latest = self.latest_checkpoint()
-        self.step = _step_of(latest) if latest else 0
+        self.step = step_of(latest) if latest else 0
         self.metrics = _cut(self.path / "metrics.jsonl", self.step)
         _cut(self.path / "samples.jsonl", self.step)
 
@@ -262,10 +255,6 @@ def _cut(path: Path, step: int) -> list[dict[str, Any]]:
             file.truncate(end)
         sync(path)
     return kept
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _score(checkpoint: Path) -> float | None:

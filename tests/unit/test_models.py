@@ -152,6 +152,18 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
         models.locate(str(tmp_path))
 
 
+def test_a_run_is_the_policy_of_its_latest_checkpoint(tmp_path: Path) -> None:
+    for step in (2, 10, 999_999, 1_000_000):
+        folder = tmp_path / "checkpoints" / f"step-{step:06d}" / "policy"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    (tmp_path / "checkpoints" / "step-2000000.part").mkdir()
+    assert models.locate(str(tmp_path)) == tmp_path / "checkpoints" / "step-1000000" / "policy"
+    (tmp_path / "checkpoints" / "step-1000000" / "policy" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"trained an adapter: write the whole model by its policy\.save"):
+        models.locate(str(tmp_path))
+
+
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"x")
     with pytest.raises(UserError, match="is a file but no GGUF"):
