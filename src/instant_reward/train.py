@@ -115,8 +115,6 @@ def learn(job: Job, screen: Screen, extra: Extra | None = None) -> Run:
         batch = collated(job, now, rollouts, len(rollouts) - sum(map(len, older)) if count else 0)
         batch = now.algorithm.credit(batch if now.warming else policy.annotate(batch, config.tokens_per_part))
         update(now.learner, now.algorithm, batch, now.config, step, metrics)
-        if sampler:
-            sampler.load(policy, version=step)
         observe(now.rewards, now.texts.drawn)
         row = metrics.row(batch, count)
         if not now.warming:
@@ -125,6 +123,8 @@ def learn(job: Job, screen: Screen, extra: Extra | None = None) -> Run:
             policy.reset_reference()
         row |= _held_out(job, step) | dict(extra(policy, step) if extra else {})
         last = _ends(job, now, row, step)
+        if sampler:  # after the policy may have gone back to its best
+            sampler.load(policy, version=step)
         kept = fresh if config.samples == "all" else fresh[:1]
         run.record(step, row, [rollout_record(rollout) for rollout in numbered(kept)])
         screen.update(step, row, rollouts[0])

@@ -17,6 +17,7 @@ from instant_reward.train import learn, prepare
 from instant_reward.types import UserError
 from instant_reward.watching import Course, better_of, ends, follow
 from tiny import tiny_folder
+from what_counts import plain, weights
 
 TEXTS = ["the movie was good", "the movie was bad and slow", "a fine movie but long", "it was not good"]
 
@@ -155,17 +156,46 @@ def test_a_resumed_run_follows_as_the_unbroken_one(model: Path, tmp_path: Path, 
         assert one["held_out/perplexity"] == other["held_out/perplexity"]
 
 
+def sampled(model: Path, out: Path, follow: dict[str, Any]) -> Config:
+    return Config.build(
+        {
+            "model": {"name": str(model), "dtype": "float32"},
+            "data": {"prompts": ["the movie", "it was"]},
+            "sampling": {"max_new_tokens": 6},
+            "train": {
+                "steps": 8, "prompts_per_step": 2, "group_size": 4, "learning_rate": 5e-3, "save_every": 1,
+                "schedule": "follow", "follow": {"metric": "reward", "up": 1.5, "return_to_best": True, **follow},
+            },
+            "out": str(out),
+        }
+    )  # fmt: skip
+
+
+def vowel(text: str) -> float:
+    return text.count("o") / 6
+
+
 def test_it_follows_a_reward_too(model: Path, tmp_path: Path) -> None:
-    values = {
-        "model": {"name": str(model), "dtype": "float32"},
-        "data": {"prompts": ["the movie", "it was"]},
-        "sampling": {"max_new_tokens": 6},
-        "train": {
-            "steps": 8, "prompts_per_step": 2, "group_size": 4, "learning_rate": 3e-3, "schedule": "follow",
-            "follow": {"metric": "reward", "smoothing": 0.5, "up": 1.5, "patience": 2, "return_to_best": True},
-        },
-        "out": str(tmp_path / "run"),
-    }  # fmt: skip
-    run = ir.train(Config.build(values), rewards=[lambda text: text.count("o") / 6])
+    run = ir.train(sampled(model, tmp_path / "run", {"smoothing": 0.5, "patience": 2}), rewards=[vowel])
     assert len({row["learning_rate"] for row in run.metrics}) > 1
     assert all(math.isfinite(row["reward"]) for row in run.metrics)
+
+
+def test_after_a_return_the_best_policy_writes_the_texts(model: Path, tmp_path: Path) -> None:
+    """Whoever samples has gone back, too: its log-probabilities are the policy's, and a resumed run is the unbroken."""
+    whole = ir.train(sampled(model, tmp_path / "whole", {"patience": 1}), rewards=[vowel])
+    back = next(row["step"] for row in whole.metrics if "returned_to" in row)
+    assert back < 8
+    assert max(row["sampler_gap"] for row in whole.metrics) < 1e-5
+    job = prepare(sampled(model, tmp_path / "broken", {"patience": 1}), [vowel])
+
+    def killed(policy: ir.Policy, step: int) -> dict[str, float]:
+        if step == back + 1:
+            raise InterruptedError
+        return {}
+
+    with Screen(8) as screen, pytest.raises(InterruptedError):
+        learn(job, screen, killed)
+    resumed = ir.train(job.config, rewards=[vowel], resume=True)
+    assert plain(resumed.metrics) == plain(whole.metrics)
+    assert weights(resumed) == weights(whole)
