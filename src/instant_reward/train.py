@@ -293,6 +293,7 @@ def prepare(config: Config, rewards: Sequence[Any] | None = None, resume: bool =
         named = [*named, logged(config.data.logged.action, config.data.logged.reward)]
     algorithm = algorithms.build(config.algorithm, named, config.sampling.max_new_tokens)
     check_source(config, algorithm.preset)
+    watching.check_watched(config)
     rows = [] if config.data.rollouts else assemble.load_prompt_rows(config.data)
     policy = start_policy(config, config.out, rows)
     likelihood = algorithm.preset.loss == "likelihood"

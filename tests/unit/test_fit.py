@@ -18,6 +18,7 @@ from instant_reward.start import load_run_policy
 from instant_reward.stored import on_disk
 from instant_reward.train import prepare
 from instant_reward.types import UserError
+from instant_reward.watching import OF_TEXTS
 from tiny import tiny_folder
 from what_counts import plain, weights
 
@@ -72,6 +73,7 @@ def test_held_out_figures_are_those_of_a_direct_computation(model: Path, tmp_pat
     job = prepare(config(model, tmp_path / "run", evaluate={"texts": {"prompts": [{"text": text} for text in TEXTS]}}))
     assert isinstance(job.held_out, HeldOutTexts)
     found = job.held_out.measure(job.policy)
+    assert tuple(found) == OF_TEXTS
     total, count, right = 0.0, 0, 0
     end = job.policy.tokenizer.eos_token_id
     for text in TEXTS:

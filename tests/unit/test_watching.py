@@ -15,7 +15,7 @@ from instant_reward.config_train import FollowConfig, StopWhen
 from instant_reward.screen import Screen
 from instant_reward.train import learn, prepare
 from instant_reward.types import UserError
-from instant_reward.watching import Course, better_of, ends, follow
+from instant_reward.watching import OF_TEXTS, Course, better_of, ends, follow, measured
 from tiny import tiny_folder
 from what_counts import plain, weights
 
@@ -81,6 +81,48 @@ def test_a_target_counts_measurements_and_patience_counts_those_without_a_new_be
         ends(StopWhen(metric="nope", above=1.0), Course(), {"a": 1.0}, 1)
     with pytest.raises(UserError, match=r"train\.follow\.metric: there is no metric 'reward'"):
         follow(FollowConfig(), Course(), {"nll": 1.0}, 1)
+
+
+def test_another_metric_begins_a_course_of_its_own() -> None:
+    """A resumed run may watch something else: a perplexity of 40 is no accuracy to be surpassed."""
+    course = Course()
+    before = StopWhen(metric="held_out/perplexity", patience=2)
+    assert not any(ends(before, course, {before.metric: value}, step) for step, value in ((1, 40.0), (2, 41.0)))
+    target = StopWhen(metric="held_out/accuracy", patience=2)
+    row = {"held_out/perplexity": 41.0, "held_out/accuracy": 0.5}
+    assert not ends(target, course, row, 3)
+    assert (course.best, course.best_step, course.waited) == (0.5, 3, 0)
+    assert not ends(StopWhen(metric="held_out/accuracy", patience=2, above=0.9), course, row, 4), "it goes on counting"
+    assert course.waited == 1
+
+
+@pytest.mark.parametrize(
+    ("metric", "evaluate", "message"),
+    [
+        ("held_out/nll", {}, "'held_out/nll' is measured on held-out data, and there is none; give evaluate.texts"),
+        ("held_out/nll", {"every": None}, "'held_out/nll' is measured every evaluate.every steps; say how many"),
+        ("held_out/perplexty", {"every": 1}, "is not measured on texts; use one of held_out/nll, held_out/perplexity"),
+    ],
+)
+@pytest.mark.parametrize("option", ["stop_when", "follow"])
+def test_a_metric_that_never_comes_is_refused(
+    option: str, metric: str, evaluate: dict[str, Any], message: str, model: Path, tmp_path: Path
+) -> None:
+    held_out = {"texts": {"prompts": [{"text": "the movie was slow"}]}, **evaluate} if evaluate else {}
+    watched = {"metric": metric, "patience": 1, "better": "lower"}
+    train = {"schedule": "follow", "follow": watched} if option == "follow" else {"stop_when": watched}
+    values = {"model": str(model), "data": {"prompts": TEXTS}, "train": train, "evaluate": held_out}
+    with pytest.raises(UserError, match=rf"train\.{option}\.metric: .*{message}"):
+        prepare(Config.build(as_supervised({**values, "out": str(tmp_path / "run")})))
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_figures_that_a_measurement_lacks_are_named() -> None:
+    """Of prompts nobody knows the figures beforehand; the last step may have those of the texts alone."""
+    row = {f"held_out/{one}": 1.0 for one in OF_TEXTS}
+    assert measured("held_out/score/polite", row, "here") is None
+    with pytest.raises(UserError, match=r"here: there is no metric 'held_out/score/polit'; use one of .*score/polite"):
+        measured("held_out/score/polit", {**row, "held_out/score/polite": 1.0}, "here")
 
 
 def test_for_is_for_steps() -> None:
