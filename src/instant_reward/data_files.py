@@ -17,6 +17,8 @@ from instant_reward.types import UserError
 
 Located = tuple[str, Any]  # where something was found, and what
 
+CELL = 2**27  # characters that a cell of a table may have; beyond, an open quote has swallowed the rest of the file
+
 SUFFIXES = ".jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt"
 
 
@@ -55,6 +57,7 @@ def _codec(encoding: str) -> str:
     """Python's name of an encoding, which for UTF-8 passes over the mark at a file's beginning."""
     try:
         name = codecs.lookup(encoding).name
+        "".encode(name)  # some codecs, such as hex, make no text
     except LookupError:
         raise UserError(
             f"data.encoding: there is no encoding {encoding!r}: name one that Python knows, such as utf-8, gb18030, "
@@ -94,26 +97,38 @@ def _lines(path: Path, encoding: str) -> Iterator[Located]:
 def _jsonl(path: Path, encoding: str) -> Iterator[Located]:
     for where, line in _lines(path, encoding):
         try:
-            yield where, json.loads(line)
+            found = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{where} is not JSON ({error.msg} at column {error.colno}): mend that line.") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where} cannot be read as JSON ({_too_much(error)}): mend that line.") from error
+        yield where, found
 
 
 def _json(path: Path, encoding: str) -> Iterator[Located]:
+    text = path.read_text(encoding=encoding)
     try:
-        found = json.loads(path.read_text(encoding=encoding))
+        found = json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         hint = "mend it, or name it .jsonl if it has one object a line"
         raise UserError(f"the data file {path} is not JSON ({error.msg} at {where}): {hint}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the data file {path} cannot be read as JSON ({_too_much(error)}): mend it.") from error
     if not isinstance(found, list):
         raise UserError(f"the data file {path} holds a JSON {type(found).__name__}: it must hold a list of rows.")
     for number, item in enumerate(found, start=1):
         yield f"{path}, row {number}", item
 
 
+def _too_much(error: Exception) -> str:
+    """Why JSON that is well formed cannot be read."""
+    return "brackets within brackets, too deep" if isinstance(error, RecursionError) else "a number is too long"
+
+
 def _table(path: Path, encoding: str) -> Iterator[Located]:
     """The rows below the first line, which names the columns; a row's line is the one it begins in."""
+    csv.field_size_limit(max(CELL, csv.field_size_limit()))  # one for the whole process, and by itself 131,072
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     with _open(path, encoding, newline="") as handle:
         reader = csv.reader(handle, delimiter=delimiter, strict=True)
@@ -133,8 +148,7 @@ def _table(path: Path, encoding: str) -> Iterator[Located]:
                 else:
                     yield where, dict(zip(columns, cells, strict=True))
         except csv.Error as error:
-            advice = "mend its quotes (texts of more than 131,072 characters go into JSONL)"
-            raise UserError(f"{path}, line {line} is no valid CSV ({error}): {advice}.") from error
+            raise UserError(f"{path}, line {line} is no valid CSV ({error}): mend its quotes.") from error
 
 
 def _check_columns(columns: list[str], where: str) -> None:

@@ -46,6 +46,8 @@ def as_rows(
         empty(row, column, allow_text=True)
         for name in needed:
             empty(row, name)
+        for name in {column, *needed}:
+            _whole(row, name)
         yield row
 
 
@@ -94,6 +96,20 @@ def empty(row: Row, column: str, allow_text: bool = False) -> None:
         raise UserError(f"{row.where} has an empty text in the column {column!r}: {advice}")
 
 
+def _whole(row: Row, column: str) -> None:
+    """Refuses half a surrogate pair, which JSON can write: it is no character, and no tokenizer reads it."""
+    value = row[column]
+    for one in value if isinstance(value, list) else [value]:
+        text = one.get("content") if isinstance(one, Mapping) else one
+        try:
+            if isinstance(text, str):
+                text.encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            advice = "mend it, or leave that row out."
+            raise UserError(f"{row.where} has half a character ({half}) in the column {column!r}: {advice}") from error
+
+
 def unique_rows(rows: Iterable[Row], column: str) -> Iterator[Row]:
     """The rows whose value in ``column`` did not come before. 16 bytes a value are kept in memory, not the values."""
     seen: set[bytes] = set()
@@ -107,7 +123,8 @@ def unique_rows(rows: Iterable[Row], column: str) -> Iterator[Row]:
 
 
 class TextsIn(Iterable[str]):
-    """The texts in these columns, row by row; of messages, what each says. Can be gone through as often as the rows.
+    """The texts in these columns, row by row; of messages, what each says; of numbers, their digits. They can be gone
+    through as often as the rows.
 
     Raises:
         UserError: a row has no such column, or neither text nor messages in it; it names the row.
@@ -126,6 +143,8 @@ def _texts_in(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> Iter
         for column in columns:
             empty(found, column, allow_text=True)
             value = found[column]
+            if isinstance(value, int | float):  # a label, or an answer
+                value = label_of(found, column)
             several = value if isinstance(value, list) else [value]
             for one in several:
                 text = one.get("content") if isinstance(one, Mapping) else one

@@ -104,6 +104,15 @@ BAD_FILES = {
     "b.jsonl": ('{"prompt": "a"}\n\n{"text": "b", "n": 1}', r"line 3 has no column 'prompt' \(it has: text, n\)"),
     "c.jsonl": ("\n\n", r"c\.jsonl holds no prompts"),
     "d.jsonl": ("7", r"d\.jsonl, line 1 is a int: a row is"),
+    "e.jsonl": (
+        '"a"\n' + "[" * 100_000,
+        r"e\.jsonl, line 2 cannot be read as JSON \(brackets within brackets, too deep\)",
+    ),
+    "f.jsonl": (
+        '"a"\n{"prompt": "b", "n": ' + "9" * 5000 + "}",
+        r"line 2 cannot be read as JSON \(a number is too long\)",
+    ),
+    "d.json": ("[" * 100_000, r"d\.json cannot be read as JSON \(brackets within brackets, too deep\): mend it"),
     "a.json": ('{"prompt": "a"}\n{"prompt": "b"}', r"not JSON .* line 2.* name it \.jsonl if it has one object a line"),
     "b.json": ('{"prompt": "a"}', r"holds a JSON dict: it must hold a list"),
     "c.json": ("[]", "holds no prompts"),

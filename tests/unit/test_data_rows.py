@@ -95,6 +95,26 @@ def test_a_row_that_spans_lines_is_named_by_its_first(tmp_path: Path) -> None:
         load_rows(path)
 
 
+def test_a_cell_may_be_long(tmp_path: Path) -> None:
+    """Python's reader takes 131,072 characters by itself: less than many documents have."""
+    text = "电影 " * 100_000
+    path = write_csv(tmp_path / "a.csv", "prompt,n", "a,1", f'"{text}",2', encoding="utf-8")
+    assert [row["prompt"] for row in load_rows(path)] == ["a", text]
+
+
+def test_half_a_character_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        '{"prompt": "\\ud83d\\ude00", "b": "c"}\n{"prompt": "a\\ud83d", "b": "\\ude00"}\n'
+    )
+    assert load_rows(tmp_path / "a.jsonl", limit=1)[0]["prompt"] == "\U0001f600"
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2 has half a character \('\\ud83d'\) in the column 'prompt'"):
+        load_rows(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=r"prompt 0 has half a character \('\\ude00'\) in the column 'b': mend it"):
+        load_rows([{"prompt": "a", "b": "\ude00"}], needed=["b"])
+    with pytest.raises(UserError, match="prompt 0 has half a character"):
+        load_rows([[{"role": "user", "content": "\ud83d"}]])
+
+
 # Encodings
 
 
@@ -128,6 +148,8 @@ def test_other_encodings_are_read_when_named(tmp_path: Path) -> None:
         load_rows(write_bytes(tmp_path / "a.csv", b"prompt\n\xff\xff\n"), encoding="gb18030")
     with pytest.raises(UserError, match=r"a\.csv is not utf-16 text \("):
         load_rows(write_bytes(tmp_path / "a.csv", "prompt\n".encode("utf-16") + b"\x00\xd8\x00"), encoding="utf-16")
+    with pytest.raises(UserError, match=r"data\.encoding: there is no encoding 'hex': name one that Python knows"):
+        load_rows(tmp_path / "a.csv", encoding="hex")
     with pytest.raises(UserError, match=r"data\.encoding: there is no encoding 'utf-9': name one that Python knows"):
         load_rows(tmp_path / "a.csv", encoding="utf-9")
 
@@ -340,8 +362,9 @@ def test_texts_are_found_in_rows_of_texts_and_messages() -> None:
     rows = load_rows([{"prompt": "a", "b": "c"}, {"prompt": [{"role": "user", "content": "d"}], "b": ""}])
     assert list(TextsIn(rows, ["prompt", "b"])) == ["a", "c", "d", ""]
     assert Counter(TextsIn(rows, ["b"])) == Counter(["c", ""])
+    assert list(TextsIn(load_rows([{"prompt": "a", "n": 3.0}, {"prompt": "b", "n": True}]), ["n"])) == ["3", "1"]
     with pytest.raises(UserError, match="prompt 0 has no text in the column 'n'"):
-        list(TextsIn(load_rows([{"prompt": "a", "n": 3}]), ["n"]))
+        list(TextsIn(load_rows([{"prompt": "a", "n": {"b": 3}}]), ["n"]))
 
 
 def test_the_pages_examples_are_configs() -> None:
