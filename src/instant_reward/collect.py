@@ -16,6 +16,7 @@ from instant_reward.batch import collate
 from instant_reward.config import Config, DataConfig, LoggedConfig
 from instant_reward.credit import Source
 from instant_reward.data import Prompts, Row, label_of
+from instant_reward.data_files import read_items
 from instant_reward.policies.policy import Policy
 from instant_reward.policies.teacher import check_template
 from instant_reward.presets import Preset
@@ -231,7 +232,8 @@ def prompts_of(
     column = data.prompt_column
 
     def made(some: Sequence[Mapping[str, Any]]) -> list[Prompt]:
-        return policy.unprompted(some) if column is None else policy.prompts(some, column, room, most)
+        found = policy.unprompted(some) if column is None else policy.prompts(some, column, room, most)
+        return [replace(one, where=getattr(row, "where", "")) for row, one in zip(some, found, strict=True)]
 
     if not on_disk(rows):
         return made(rows)
@@ -327,14 +329,11 @@ def recorded_groups(path: str | Path) -> list[Group]:
     if not file.is_file():
         raise UserError(f"data.rollouts: there is no file {file}; name a run's samples.jsonl")
     groups: dict[Any, Group] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
+    for where, record in read_items(file):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {number} is not JSON ({error.msg}): mend that line") from None
-        rollout = rollout_from_record(record)
+            rollout = rollout_from_record(record)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         key = (record.get("step"), rollout.group, tuple(rollout.prompt.token_ids), str(rollout.context))
         groups.setdefault(key, []).append(rollout)
     if not groups:
@@ -420,7 +419,7 @@ def logged_groups(prompts: Sequence[Prompt], columns: LoggedConfig, policy: Poli
     decoder = policy.decoder()
     groups = []
     for number, prompt in enumerate(prompts):
-        where = f"data.logged: prompt {prompt.id}"
+        where = f"data.logged: {_place(prompt)}"
         number_in(prompt.info, columns.reward, where)
         chance = number_in(prompt.info, columns.propensity, where, highest=1.0)
         ids = actions_for(prompt, columns.action, policy, "data.logged")
@@ -445,8 +444,18 @@ def actions_for(prompt: Prompt, column: str, policy: Policy, option: str = "data
     if isinstance(text, int | float) and text == text:  # labels are often numbers; NaN is none
         text = label_of(prompt.info, column)
     if not isinstance(text, str) or not text:
-        raise UserError(f"{option}: prompt {prompt.id} has no text in its column {column!r}; correct the row")
-    return policy.actions_of(text, prompt)
+        raise UserError(f"{option}: {_place(prompt)} has no text in its column {column!r}; correct the row")
+    try:
+        return policy.actions_of(text, prompt)
+    except UserError as error:
+        if prompt.where in ("", f"prompt {prompt.id}"):  # the policy has said as much
+            raise
+        raise UserError(f"{prompt.where}: {error}") from error
+
+
+def _place(prompt: Prompt) -> str:
+    """Where a prompt's row stands, for messages."""
+    return prompt.where or f"prompt {prompt.id}"
 
 
 def check_fits(prompt: Prompt, ids: Sequence[int], room: int) -> None:
@@ -458,8 +467,8 @@ def check_fits(prompt: Prompt, ids: Sequence[int], room: int) -> None:
     length = len(prompt.token_ids) + len(ids)
     if length > room:
         raise UserError(
-            f"data.completion: prompt {prompt.id} and its text have {length} tokens, and the model reads "
-            f"{room}; shorten them, or set data.too_long to cut or split where the texts are imitated"
+            f"data.completion: {_place(prompt)} has {length} tokens, prompt included, and the model reads {room}; "
+            "shorten it, or set data.too_long to cut or split where the texts are imitated"
         )
 
 

@@ -40,6 +40,7 @@ class Prompt:
         token_ids: what the flat sequence begins with.
         context: what the policy reads besides the flat sequence: of an encoder, the tokens of its source; of a choice
             among sentences, theirs. Plain numbers, in lists. None where the flat sequence is all.
+        where: its row's place in the data, for messages.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Prompt:
     messages: list[Message] | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
     context: list[Any] | None = None
+    where: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -221,8 +221,8 @@ class TestGiven:
             (None, r"data\.rollouts: there is no file"),
             ("", r"data\.rollouts: .* holds no texts"),
             ('{"id": "a"\n', r"line 1 is not JSON"),
-            ('{"id": "a"}\n', r"id|record"),
-            ("[1, 2]\n", r"record|object"),
+            ('\n{"id": "a"}\n', r"samples\.jsonl, line 2: the record of sample a has no 'prompt'"),
+            ("[1, 2]\n", r"samples\.jsonl, line 1: this is no record of a sample"),
         ],
     )
     def test_a_file_that_is_none_is_refused(self, tmp_path: Path, content: str | None, message: str) -> None:

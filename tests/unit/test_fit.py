@@ -328,7 +328,7 @@ pair.name = "pair"  # type: ignore[attr-defined]
         ({"text": ""}, "prompt 1 has an empty text in the column 'text'"),
         ({"text": float("nan")}, "prompt 1.*'text'"),
         ({"other": "a"}, "column"),
-        ({"text": "the movie " * 100}, "tokens, and the model reads 128"),
+        ({"text": "the movie " * 100}, "tokens, prompt included, and the model reads 128"),
     ],
 )
 def test_rows_that_cannot_be_learned_from_are_named(
@@ -337,6 +337,27 @@ def test_rows_that_cannot_be_learned_from_are_named(
     with pytest.raises(UserError, match=message):
         ir.fit(config(model, tmp_path / "run", {"prompts": [{"text": "fine"}, row]}))
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_of_a_file_are_named_by_their_lines(model: Path, tmp_path: Path) -> None:
+    """Also by the policy, whose actions they have to be."""
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"text": "fine"}) + "\n\n" + json.dumps({"text": "the movie " * 100}) + "\n")
+    with pytest.raises(UserError, match=r"data\.completion: .*a\.jsonl, line 3 has \d+ tokens, .*the model reads 128"):
+        ir.fit(config(model, tmp_path / "run", str(file)))
+    file.write_text('{"text": "fine"}\n{"text": [1]}\n')
+    with pytest.raises(UserError, match=r"data\.completion: .*a\.jsonl, line 2 has no text in its column 'text'"):
+        ir.fit(config(model, tmp_path / "run", str(file)))
+    labels = {"config": ENCODER, "tokenizer": {"kind": "word", "minimum": 1}, "labels": ["0", "1"]}
+    file.write_text('{"text": "fine", "label": 1}\n{"text": "bad", "label": 2}\n')
+    data = {"path": str(file), "column": "text", "completion": "label"}
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: prompt 1 has the label '2', which the model does not know"):
+        ir.fit(Config.build({"model": {"scratch": labels}, "data": data, "algorithm": "likelihood"}))
+
+
+ENCODER = {
+    "model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8
+}  # fmt: skip
 
 
 def test_the_command_goes_from_a_file_to_a_report(
