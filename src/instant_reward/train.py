@@ -387,7 +387,7 @@ def _ends(job: Job, now: Phase, row: dict[str, float], step: int) -> bool:
     if over and stop is not None and stop.return_to_best and job.course.best_step != step:
         best = job.run.checkpoint(job.course.best_step)
         if best is not None:
-            job.policy.load_weights(best)
+            job.policy.load_best(best)
             row["returned_to"] = float(job.course.best_step)
     return over or job.interrupted
 
@@ -439,6 +439,8 @@ def _load(job: Job, folder: Path) -> None:
     job.policy.load_state(folder)
     state = json.loads((folder / "state.json").read_text())
     job.course, job.followed = Course(**state["course"]), Course(**state["followed"])
+    if watching.is_over(job.config.train.stop_when, job.course):
+        job.steps = job.run.step
     job.carried = Carried(**state["carried"])
     if job.replay is not None:
         job.replay.load(folder / "replay.jsonl")

@@ -27,6 +27,7 @@ class Course:
         waited: how many measurements came since without a better one.
         mean: its smoothed value; NaN before the first.
         factor: what the learning rate is multiplied by.
+        over: the target by which training ended, as JSON; "" where it did not.
     """
 
     of: str = ""
@@ -36,6 +37,7 @@ class Course:
     waited: int = 0
     mean: float = math.nan
     factor: float = 1.0
+    over: str = ""
 
     def begin(self, watched: StopWhen | FollowConfig) -> None:
         """Begins anew where the metric is another one: a resumed run may have another target."""
@@ -97,7 +99,14 @@ def ends(target: StopWhen, course: Course, row: Mapping[str, float], step: int) 
     below = target.below is None or value < target.below
     course.met = course.met + 1 if bounded and above and below else 0
     reached = bounded and course.met >= target.for_steps
-    return reached or (target.patience is not None and course.waited >= target.patience)
+    if reached or (target.patience is not None and course.waited >= target.patience):
+        course.over = target.model_dump_json()
+    return is_over(target, course)
+
+
+def is_over(target: StopWhen | None, course: Course) -> bool:
+    """Whether training has ended by this target; by another one it goes on."""
+    return target is not None and course.over == target.model_dump_json()
 
 
 def follow(config: FollowConfig, course: Course, row: Mapping[str, float], step: int) -> bool:

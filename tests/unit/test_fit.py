@@ -262,6 +262,33 @@ def test_patience_ends_a_run_that_gets_no_better_and_returns_to_the_best(model: 
     assert judge.measure(reloaded)["perplexity"] == pytest.approx(min(values), rel=1e-6)
 
 
+def test_a_run_that_has_ended_by_its_target_does_not_go_on(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Resumed, it is what it was; with another target it goes on, from the best policy and that one's optimizer."""
+    held_out = {"texts": {"prompts": [{"text": "it!it!it! of of of"}]}, "every": 1}
+    stop = {"metric": "held_out/perplexity", "patience": 3, "return_to_best": True}
+    train = {"steps": 30, "learning_rate": 2e-2, "stop_when": stop}
+    run = ir.fit(config(model, tmp_path / "run", train=train, evaluate=held_out))
+    assert run.step < 30
+    again = ir.fit(run.config, resume=True)
+    assert again.metrics == run.metrics
+    assert cli.main(["fit", "--resume", str(run.path)]) == 0
+    assert f"has its {run.step} steps already; its train.stop_when has ended it" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    best = run.checkpoint(int(run.metrics[-1]["returned_to"]))
+    assert best is not None
+    job = prepare(run.config, resume=True)
+    assert job.policy.stepper is not None
+    moments = torch.load(best / "optimizer.pt", weights_only=True)["optimizer"]["state"]
+    for number, state in job.policy.stepper.optimizer.state_dict()["state"].items():
+        assert torch.equal(state["exp_avg"], moments[number]["exp_avg"])
+    assert job.policy.stepper.done == run.step, "the schedule is not set back"
+    longer = config(model, run.path, train={**train, "stop_when": {**stop, "patience": 5}}, evaluate=held_out)
+    assert ir.fit(longer, resume=True).step > run.step
+
+
 def test_a_reward_on_data_is_a_weight_and_is_logged(model: Path, tmp_path: Path) -> None:
     def overlap(output: str, target: str) -> float:
         return 1.0 + sum(a == b for a, b in zip(output, target, strict=False)) / len(target)

@@ -14,6 +14,7 @@ from instant_reward.evaluate.table import Row, compare
 from instant_reward.policies.policy import Policy
 from instant_reward.screen import Screen
 from instant_reward.train import Job, interruptible, learn, prepare
+from instant_reward.watching import is_over
 
 TEXT_LABELS = {
     "nll": "nats per token",
@@ -28,8 +29,10 @@ def run_session(config: Config, resume: bool = False) -> int:
     console = Console()
     job = prepare(config, resume=resume)
     if job.run.step >= job.steps:
-        more = "train.steps" if config.train.epochs is None else "train.epochs"
-        console.print(f"{job.run.path} has its {job.steps} steps already; raise {more} to go on")
+        more = "raise train.steps" if config.train.epochs is None else "raise train.epochs"
+        if is_over(config.train.stop_when, job.course):
+            more = "its train.stop_when has ended it; change that"
+        console.print(f"{job.run.path} has its {job.steps} steps already; {more} to go on")
         return 0
     held_out = HeldOut(config, job.rewards, job.policy) if config.evaluate.prompts else None
     before = _before(job, held_out, console) if held_out else None
