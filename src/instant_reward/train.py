@@ -375,37 +375,37 @@ def _ends(job: Job, now: Phase, row: dict[str, float], step: int) -> bool:
     config = job.config.train
     if now.warming:  # the metrics are not those of the algorithm yet
         return step == job.steps or job.interrupted
-    if config.follow is not None:
-        back = watching.follow(config.follow, job.followed, row, step)
-        best = job.run.checkpoint(job.followed.best_step) if back else None
-        if best is not None:
-            job.policy.load_best(best)
-            row["returned_to"] = float(job.followed.best_step)
-        job.policy.rate_factor(job.followed.factor)
     stop = config.stop_when
     over = (stop is not None and watching.ends(stop, job.course, row, step)) or step == job.steps
-    if over and stop is not None and stop.return_to_best and job.course.best_step != step:
-        best = job.run.checkpoint(job.course.best_step)
-        if best is not None:
-            job.policy.load_best(best)
-            row["returned_to"] = float(job.course.best_step)
+    returns = stop is not None and stop.return_to_best
+    best = returns and job.course.best_step == step  # this step's checkpoint has to hold the policy that was measured
+    if config.follow is not None:
+        if watching.follow(config.follow, job.followed, row, step) and not best:
+            _go_back(job, job.followed, row)
+        job.policy.rate_factor(job.followed.factor)
+    if over and returns and not best:
+        _go_back(job, job.course, row)
     return over or job.interrupted
+
+
+def _go_back(job: Job, course: Course, row: dict[str, float]) -> None:
+    """Puts the policy back to where it was best, where there is a checkpoint of that."""
+    if (best := job.run.checkpoint(course.best_step)) is not None:
+        job.policy.load_best(best)
+        row["returned_to"] = float(course.best_step)
 
 
 def _checkpoint(job: Job, row: Mapping[str, float], step: int, last: bool) -> None:
     """A checkpoint where it is time, and of every new best value that someone may return to."""
-    config = job.config.train
-    courses = {}
-    if config.follow is not None and config.follow.return_to_best:
-        courses["follow"] = job.followed
-    if config.stop_when is not None and (config.stop_when.return_to_best or config.stop_when.patience):
-        courses["stop_when"] = job.course
-    best = {course.best_step for course in courses.values()}
+    config, stop = job.config.train, job.config.train.stop_when
+    followed = [job.followed] if config.follow is not None and config.follow.return_to_best else []
+    stopped = [job.course] if stop is not None and (stop.return_to_best or stop.patience) else []
+    best = {course.best_step for course in followed + stopped}
     if last or step in best or (config.save_every and step % config.save_every == 0):
         score = row.get("reward")
-        if "stop_when" in courses and config.stop_when is not None:
-            sign = -1.0 if watching.better_of(config.stop_when) == "lower" else 1.0
-            score = sign * row[config.stop_when.metric] if config.stop_when.metric in row else None
+        if stopped and stop is not None:
+            sign = -1.0 if watching.better_of(stop) == "lower" else 1.0
+            score = sign * row[stop.metric] if stop.metric in row else None
         job.run.save_checkpoint(step, lambda folder: _save(job, folder), score, best)
 
 

@@ -179,6 +179,28 @@ def test_a_return_takes_weights_and_moments_back_and_leaves_the_schedule(model: 
     assert job.policy.stepper.done == 7
 
 
+def test_a_best_value_is_kept_where_the_rate_would_go_back(model: Path, tmp_path: Path) -> None:
+    """Two metrics may say two things of a step: the checkpoint of the one's best holds the policy that it measured."""
+    falls = {
+        "metric": "nll",
+        "better": "higher",
+        "patience": 1,
+        "return_to_best": True,
+    }  # so it always wants to go back
+    stop = {"metric": "held_out/perplexity", "patience": 9, "return_to_best": True}
+    run = ir.fit(config(model, tmp_path / "run", falls, steps=4, keep=9, stop_when=stop))
+    values = [row["held_out/perplexity"] for row in run.metrics]
+    best = values.index(min(values)) + 1
+    assert best > 1
+    assert "returned_to" not in run.metrics[best - 1]
+    job = prepare(run.config, resume=True)
+    assert job.held_out is not None
+    folder = run.checkpoint(best)
+    assert folder is not None
+    job.policy.load_weights(folder)
+    assert job.held_out.measure(job.policy)["perplexity"] == pytest.approx(min(values), rel=1e-6)
+
+
 @pytest.mark.parametrize("at", [3, 6, 9])
 def test_a_resumed_run_follows_as_the_unbroken_one(model: Path, tmp_path: Path, at: int) -> None:
     unbroken = ir.fit(config(model, tmp_path / "unbroken", FALLS))
