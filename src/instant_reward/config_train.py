@@ -111,10 +111,20 @@ class TrainConfig(Section):
     replay: ReplayConfig | None = None
     threads: Count | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_steps(cls, values: Any) -> Any:
+        """Beside ``epochs``, ``steps: null`` leaves out the steps that a config names."""
+        if isinstance(values, dict) and values.get("epochs") is not None and values.get("steps", 0) is None:
+            return {key: value for key, value in values.items() if key != "steps"}
+        return values
+
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if self.epochs is not None and self.steps != type(self).model_fields["steps"].default:
-            raise ValueError("epochs says how long the run is, and so does steps; give one of them")
+            raise ValueError(
+                "epochs says how long the run is, and so does steps; give one of them (steps: null leaves it out)"
+            )
         if (self.schedule == "follow") != (self.follow is not None):
             raise ValueError("schedule: follow and the section follow go together; give both or neither")
         return self

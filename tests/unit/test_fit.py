@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,21 @@ def test_epochs_count_passes(model: Path, tmp_path: Path) -> None:
     job = prepare(config(model, tmp_path / "tokens", train={"steps": 40, "epochs": 2, "tokens_per_step": 12}))
     seen = [rollout.text for step in range(1, job.steps + 1) for (rollout,) in job.texts.groups(None, step)]
     assert sorted(seen) == sorted(2 * TEXTS)
+
+
+def test_the_pages_commands_are_of_configs_that_there_are() -> None:
+    """Each ``instant-reward fit`` of the page, with the recipe and the changes that it names."""
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "supervised.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = [
+        shlex.split(line, comments=True)[2:] for line in page.splitlines() if line.startswith("instant-reward fit")
+    ]
+    named = [[word for word in words if "=" in word] for words in commands if words[0].startswith("recipes/")]
+    assert sorted(named[:2]) == [[], ["train.steps=null", "train.epochs=2"]]
+    for words, changes in zip([one for one in commands if one[0].startswith("recipes/")], named, strict=True):
+        loaded = Config.load(root / words[0], changes, supervised=True)
+        assert loaded.algorithm.name == "likelihood"
+    assert (loaded.model.max_context, loaded.data.too_long) == (512, "refuse")
 
 
 def test_batches_by_tokens_hold_texts_of_like_length() -> None:
@@ -318,7 +334,7 @@ def test_what_is_wrong_is_said(model: Path, tmp_path: Path) -> None:
         evaluate={"texts": {"path": "a.txt", "column": "text", "completion": None}},
     )
     for line in (
-        "train: epochs says how long the run is, and so does steps; give one of them",
+        "train: epochs says how long the run is, and so does steps; give one of them (steps: null leaves it out)",
         "algorithm.by_error: strength must be 0 or more",
         "supervised.data: these are whole texts; name their column by completion",
         "supervised.weight: must be 0 or more at every step",
