@@ -64,8 +64,11 @@ class Written(Sequence[Rollout]):
             own = room - len(prompt.token_ids)
             if too_long == "refuse" or own < 1:
                 check_fits(prompt, ids, room)
-            for start in range(0, len(ids), own) if too_long == "split" else range(1):
-                piece = ids[start : start + own]
+            starts = range(0, len(ids), own) if too_long == "split" else range(1)
+            pieces = [ids[start : start + own] for start in starts]
+            if len(pieces) > 1 and len(pieces[-1]) == 1 < own:  # an end alone would be an empty text to imitate
+                pieces[-1].insert(0, pieces[-2].pop())
+            for piece in pieces:
                 self.lengths.append(len(prompt.token_ids) + len(piece))
                 yield prompt, piece
 

@@ -438,6 +438,7 @@ def test_long_texts_are_cut_or_split_where_that_is_asked_for(model: Path, tmp_pa
     end = split[-1].token_ids[-1]
     whole = [*split[0].prompt.info["text"]]
     assert "".join(one.text for one in split[:-1]) == "".join(whole)
+    assert all(one.text for one in split), "an end alone would be an empty text"
     assert [one.token_ids[-1] == end for one in split] == [False] * (len(split) - 2) + [True, True]
     assert max(len(one.token_ids) for one in split) == 20
     assert len(cut[0].token_ids) == 20
