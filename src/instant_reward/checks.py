@@ -70,6 +70,9 @@ def _wrong_pairs(config: AlgorithmConfig, preset: Preset, rewards: Sequence[Rewa
             f"rewards: {', '.join(pairs)} compares a given text with what the policy would have written, and "
             f"{config.name} samples texts; use likelihood, or write it as f(text) or f(prompts, completions, **columns)"
         )
+    cut = [f"'{one.name}'" for one in rewards if one.takes == "pair" and one.every != "end"]
+    if cut:
+        yield f"rewards: {', '.join(cut)} compares whole texts, which a piece of one is not; leave every out"
 
 
 def _wrong_siblings(config: AlgorithmConfig, preset: Preset, rewards: Sequence[Reward]) -> Iterator[str]:

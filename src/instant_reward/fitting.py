@@ -107,7 +107,7 @@ class TokenBatches:
         """How many steps so many epochs take."""
         whole = sum(len(self._of_epoch(epoch)) for epoch in range(int(epochs)))
         rest = epochs - int(epochs)
-        return whole + (math.ceil(rest * len(self._of_epoch(int(epochs)))) if rest else 0)
+        return whole + (_rounded_up(rest * len(self._of_epoch(int(epochs)))) if rest else 0)
 
     def _of_epoch(self, epoch: int) -> list[Sequence[int]]:
         if epoch != self._epoch:
@@ -130,6 +130,11 @@ class TokenBatches:
             used += self.lengths[number]
         if batch:
             yield batch
+
+
+def _rounded_up(steps: float) -> int:
+    """1.1 times 10 is 11 and not, as floats have it, a little more."""
+    return math.ceil(round(steps, 6))
 
 
 @dataclass
@@ -156,7 +161,7 @@ class Texts:
         """How many steps so many epochs take."""
         if isinstance(self.order, TokenBatches):
             return self.order.steps(epochs)
-        return math.ceil(epochs * len(self.order) / self.order.per_step)
+        return _rounded_up(epochs * len(self.order) / self.order.per_step)
 
     def groups(self, sampler: Sampler | None, step: int) -> list[Group]:
         """The texts of a step, rated."""
@@ -207,6 +212,12 @@ def texts_to_fit(config: Config, rows: Sequence[Mapping[str, Any]], policy: Poli
         rollouts = [rollout for group in recorded for rollout in group]
     else:
         rollouts = written(config.data, rows, policy, config.model.max_context)
+    shares = config.algorithm.minibatches
+    if config.train.tokens_per_step is None and shares > config.train.prompts_per_step:
+        raise UserError(
+            f"train.prompts_per_step: {config.train.prompts_per_step} texts are too few for "
+            f"algorithm.minibatches={shares}; give more, or lower that"
+        )
     order = ordered(rollouts, config.train.prompts_per_step, config.train.tokens_per_step, config.seed)
     return Texts(rollouts, order, policy, rewards, config.train.tokens_per_part, config.data.stream)
 
@@ -223,6 +234,11 @@ def written(data: DataConfig, rows: Sequence[Mapping[str, Any]], policy: Policy,
     """The texts in the data's column ``completion``, each behind its prompt or the opening token."""
     if data.completion is None:
         raise UserError("data.completion: name the column with the texts to learn from")
+    if data.prompt_column == data.completion:
+        raise UserError(
+            f"data.column: {data.completion!r} has the texts to learn from; leave it out (null) where they have no "
+            "prompt, or name another column for them by data.completion"
+        )
     room = min(policy.context, most or policy.context)
     return Written(prompts_of(data, rows, policy, 0, most), data, policy, room)
 

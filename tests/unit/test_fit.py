@@ -15,6 +15,7 @@ import instant_reward as ir
 from instant_reward import cli
 from instant_reward.config import Config, as_supervised
 from instant_reward.fitting import HeldOutTexts, Texts, TokenBatches
+from instant_reward.rewards.base import as_reward
 from instant_reward.start import load_run_policy
 from instant_reward.stored import on_disk
 from instant_reward.train import prepare
@@ -94,6 +95,10 @@ def test_held_out_figures_are_those_of_a_direct_computation(model: Path, tmp_pat
 def test_epochs_count_passes(model: Path, tmp_path: Path) -> None:
     run = ir.fit(config(model, tmp_path / "texts", train={"steps": 40, "epochs": 2, "prompts_per_step": 4}))
     assert run.step == 3
+    fifty = {"prompts": [{"text": f"the movie {number}"} for number in range(50)]}
+    assert prepare(config(model, tmp_path / "part", fifty, train={"epochs": 1.1, "steps": 40})).steps == 14
+    one = {"epochs": 1.1, "steps": 40, "prompts_per_step": 1}
+    assert prepare(config(model, tmp_path / "one", fifty, train=one)).steps == 55, "1.1 times 50 is 55.00000000000001"
     job = prepare(config(model, tmp_path / "tokens", train={"steps": 40, "epochs": 2, "tokens_per_step": 12}))
     seen = [rollout.text for step in range(1, job.steps + 1) for (rollout,) in job.texts.groups(None, step)]
     assert sorted(seen) == sorted(2 * TEXTS)
@@ -354,6 +359,12 @@ def test_what_is_wrong_is_said(model: Path, tmp_path: Path) -> None:
         prepare(Config.build({"data": {"prompts": ["a"]}, "algorithm": "likelihood", "out": str(tmp_path / "x")}))
     with pytest.raises(UserError, match="'pair' compares a given text with what the policy would have written"):
         ir.train(model=str(model), prompts=["a"], rewards=[pair], out=tmp_path / "y")
+    with pytest.raises(UserError, match=r"train\.prompts_per_step: 4 texts are too few for algorithm\.minibatches=5"):
+        prepare(config(model, tmp_path / "shares", algorithm={"minibatches": 5}))
+    with pytest.raises(UserError, match=r"data\.column: 'text' has the texts to learn from; leave it out"):
+        prepare(config(model, tmp_path / "same", {"prompts": [{"text": "a"}], "column": "text"}))
+    with pytest.raises(UserError, match="'pair' compares whole texts, which a piece of one is not; leave every out"):
+        ir.fit(config(model, tmp_path / "every"), rewards=[as_reward(pair).but(every="word")])
     with pytest.raises(UserError, match=r"train\.stop_when\.metric: there is no metric 'accuracy'"):
         ir.fit(config(model, tmp_path / "z", train={"stop_when": {"metric": "accuracy", "above": 0.5}}))
 

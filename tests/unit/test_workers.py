@@ -45,6 +45,10 @@ def varied(view: View) -> Any:
     return None if kind == 2 else ir.stop(-1.0)
 
 
+def agree(output: str, target: str) -> float:
+    return float(output == target)
+
+
 def columns(prompts: list[str], completions: list[str], target: list[str]) -> list[float]:
     return [float(len(one) + len(wanted)) for one, wanted in zip(completions, target, strict=True)]
 
@@ -447,6 +451,8 @@ class TestWhereItComesFrom:
             in_workers(length, **options)
 
     def test_twice_and_after_the_end(self) -> None:
+        with pytest.raises(UserError, match="'agree' compares a text with the policy's output, not in workers"):
+            in_workers(agree)
         with working(length) as apart, pytest.raises(UserError, match="is in workers already"):
             in_workers(apart)
         with pytest.raises(UserError, match="the workers of reward 'length' are closed"):

@@ -141,6 +141,11 @@ def _pickled(one: Reward) -> bytes:
 
 def _shaped(one: Reward, pool: Workers) -> InWorkers:
     """``one`` with the pool in its function's place; every field it has stays."""
+    if one.takes == "pair":
+        pool.close()
+        raise UserError(
+            f"reward '{one.name}' compares a text with the policy's output, not in workers; leave workers out"
+        )
     kind: type[InWorkers] = ShapingInWorkers if isinstance(one, Shaping) else InWorkers
     known = {entry.name: getattr(one, entry.name) for entry in dataclasses.fields(one)}
     takes = "state" if one.takes == "state" else "view"
