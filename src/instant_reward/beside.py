@@ -131,7 +131,7 @@ def beside(config: Config, policy: Policy) -> Beside:
     own = config.supervised
     assert own is not None, "the config has no such section"
     rows = assemble.load_prompt_rows(own.data)
-    rollouts = written(own.data, rows, policy, config.model.max_context)
+    rollouts = written(own.data, rows, policy, config.model.max_context, "supervised.data")
     order = ordered(rollouts, own.texts_per_step, own.tokens_per_step, config.seed)
     texts = Texts(rollouts, order, policy, [], config.train.tokens_per_part)
     chosen = AlgorithmConfig(name="likelihood")

@@ -467,8 +467,8 @@ def check_fits(prompt: Prompt, ids: Sequence[int], room: int) -> None:
     length = len(prompt.token_ids) + len(ids)
     if length > room:
         raise UserError(
-            f"data.completion: {_place(prompt)} has {length} tokens, prompt included, and the model reads {room}; "
-            "shorten it, or set data.too_long to cut or split where the texts are imitated"
+            f"{_place(prompt)} has {length} tokens, prompt included, and the model reads {room}; shorten it, or set "
+            "too_long of its data to cut or split where the texts are imitated"
         )
 
 

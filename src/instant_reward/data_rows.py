@@ -59,7 +59,9 @@ def as_row(item: Any, where: str, column: str = "prompt", columns: Mapping[str, 
         raise UserError(f"{where} is a {type(item).__name__}: a row is a string, a list of messages, or an object.")
     row = Row(item, where) if not columns else _renamed(item, columns, where)
     if column not in row:
-        raise UserError(f"{where} has no column {column!r} ({_has(row)}): name the column that holds the prompts.")
+        raise UserError(
+            f"{where} has no column {column!r} ({_has(row)}): name the one that holds the prompts or texts."
+        )
     return row
 
 

@@ -230,17 +230,28 @@ def ordered(rollouts: Sequence[Rollout], texts: int, tokens: int | None, seed: i
     return TokenBatches(lengths, tokens, seed)
 
 
-def written(data: DataConfig, rows: Sequence[Mapping[str, Any]], policy: Policy, most: int | None = None) -> Written:
-    """The texts in the data's column ``completion``, each behind its prompt or the opening token."""
+def written(
+    data: DataConfig, rows: Sequence[Mapping[str, Any]], policy: Policy, most: int | None = None, section: str = "data"
+) -> Written:
+    """The texts in the data's column ``completion``, each behind its prompt or the opening token.
+
+    Args:
+        section: where the config names this data, for messages.
+    """
     if data.completion is None:
         raise UserError("data.completion: name the column with the texts to learn from")
     if data.prompt_column == data.completion:
         raise UserError(
-            f"data.column: {data.completion!r} has the texts to learn from; leave it out (null) where they have no "
-            "prompt, or name another column for them by data.completion"
+            f"{section}.column: {data.completion!r} has the texts to learn from; leave it out (null) where they have "
+            "no prompt, or name another column for them by completion"
         )
     room = min(policy.context, most or policy.context)
-    return Written(prompts_of(data, rows, policy, 0, most), data, policy, room)
+    try:
+        return Written(prompts_of(data, rows, policy, 0, most), data, policy, room)
+    except UserError as error:
+        if section == "data":
+            raise
+        raise UserError(f"{section}: {error}") from error
 
 
 class HeldOutTexts:
@@ -260,7 +271,7 @@ class HeldOutTexts:
         learned: tuple[Sequence[Mapping[str, Any]], str] | None = None,
     ) -> None:
         rows = assemble.load_prompt_rows(data)
-        self.texts = written(data, rows, policy, most)
+        self.texts = written(data, rows, policy, most, "evaluate.texts")
         self.tokens_per_part = tokens_per_part
         if policy.labels and learned is not None and data.completion is not None:
             columns = {"train": learned[1], "evaluate.texts": data.completion}

@@ -249,12 +249,12 @@ class TestGiven:
     @pytest.mark.parametrize("answer", [None, "", ["good"]])
     def test_a_row_without_its_text_is_named(self, answer: object) -> None:
         prompt = Prompt("row 7", "it", [60], info={} if answer is None else {"answer": answer})
-        with pytest.raises(UserError, match=r"data\.completion: prompt row 7 has no text in its column 'answer'"):
+        with pytest.raises(UserError, match=r"prompt row 7 has no text in its column 'answer'"):
             written_groups([prompt], "answer", models.policy())
 
     def test_a_text_that_is_too_long_is_named(self) -> None:
         prompt = Prompt("row 7", "it", [60], info={"answer": " good" * CONTEXT})
-        with pytest.raises(UserError, match=rf"data\.completion: prompt row 7 .* the model reads {CONTEXT}"):
+        with pytest.raises(UserError, match=rf"prompt row 7 .* the model reads {CONTEXT}"):
             written_groups([prompt], "answer", models.policy())
 
 

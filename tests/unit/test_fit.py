@@ -397,8 +397,15 @@ def test_rows_of_a_file_are_named_by_their_lines(model: Path, tmp_path: Path) ->
     """Also by the policy, whose actions they have to be."""
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"text": "fine"}) + "\n\n" + json.dumps({"text": "the movie " * 100}) + "\n")
-    with pytest.raises(UserError, match=r"data\.completion: .*a\.jsonl, line 3 has \d+ tokens, .*the model reads 128"):
+    with pytest.raises(UserError, match=r"a\.jsonl, line 3 has \d+ tokens, .*the model reads 128"):
         ir.fit(config(model, tmp_path / "run", str(file)))
+    held_out = {"texts": {"path": str(file), "column": None, "completion": "text"}, "every": 1}
+    cut = {"path": str(file), "too_long": "cut"}
+    with pytest.raises(UserError, match=r"^evaluate\.texts: .*a\.jsonl, line 3 has .*; shorten it, or set too_long"):
+        ir.fit(config(model, tmp_path / "run", cut, evaluate=held_out))
+    values = {"model": str(model), "data": {"prompts": ["a"]}, "supervised": {"data": held_out["texts"]}}
+    with pytest.raises(UserError, match=r"^supervised\.data: .*a\.jsonl, line 3 has"):
+        ir.train(Config.build({**values, "out": str(tmp_path / "run")}), rewards=[length_of])
     file.write_text('{"text": "fine"}\n{"text": [1]}\n')
     with pytest.raises(UserError, match=r"data\.completion: .*a\.jsonl, line 2 has no text in its column 'text'"):
         ir.fit(config(model, tmp_path / "run", str(file)))
