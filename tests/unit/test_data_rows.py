@@ -370,6 +370,6 @@ def test_texts_are_found_in_rows_of_texts_and_messages() -> None:
 def test_the_pages_examples_are_configs() -> None:
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     examples = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
-    assert len(examples) == 3
+    assert len(examples) == 4
     for example in examples:
         Config.build({"data": {"prompts": ["a"]}, **yaml.safe_load(example)})
