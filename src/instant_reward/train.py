@@ -271,6 +271,8 @@ def train(
 
 def run_to_its_end(config: Config, rewards: Sequence[Any] | None, resume: bool) -> Run:
     """Trains by a config, with the screen and Ctrl-C of a run in the foreground."""
+    measured = config.evaluate.model_copy(update={"prompts": None})  # those the command measures, beside the loop
+    watching.check_watched(config.model_copy(update={"evaluate": measured}))
     job = prepare(config, rewards, resume)
     with Screen(job.steps) as screen, interruptible(job, screen):
         return learn(job, screen)

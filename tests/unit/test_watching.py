@@ -117,6 +117,17 @@ def test_a_metric_that_never_comes_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_what_the_command_alone_measures_is_refused_from_python(model: Path, tmp_path: Path) -> None:
+    values = {
+        "model": str(model), "data": {"prompts": ["a"]}, "out": str(tmp_path / "run"),
+        "train": {"stop_when": {"metric": "held_out/score/vowel", "above": 0.5}},
+        "evaluate": {"prompts": {"prompts": ["b"]}, "every": 1},
+    }  # fmt: skip
+    with pytest.raises(UserError, match="'held_out/score/vowel' is measured on held-out data, and there is none"):
+        ir.train(Config.build(values), rewards=[vowel])
+    prepare(Config.build(values), [vowel])
+
+
 def test_held_out_figures_that_a_measurement_lacks_are_named() -> None:
     """Of prompts nobody knows the figures beforehand; the last step may have those of the texts alone."""
     row = {f"held_out/{one}": 1.0 for one in OF_TEXTS}
