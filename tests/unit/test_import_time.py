@@ -101,7 +101,7 @@ def test_calling_the_module_calls_the_function(monkeypatch):
     assert inspect.signature(ir.train) == inspect.signature(train)
     with pytest.raises(TypeError, match="unexpected keyword argument 'no_such_argument'"):
         ir.train(no_such_argument=1)
-    monkeypatch.setattr("instant_reward.train.load_policy", None)  # tools find the module by attribute
+    monkeypatch.setattr("instant_reward.train.learn", None)  # tools find the module by attribute
 
 
 def test_the_type_checker_sees_the_same_names():
