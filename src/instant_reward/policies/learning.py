@@ -18,6 +18,7 @@ from instant_reward.notice import without_bars
 from instant_reward.policies import terms
 from instant_reward.policies.annotate import annotated, ask, beyond_the_end
 from instant_reward.policies.critic import Critic
+from instant_reward.policies.load import weights_in
 from instant_reward.policies.optimizer import Group, Optimization, Stepper
 from instant_reward.policies.states import Reader, on_tokens
 from instant_reward.types import CriticNeed, Needs, PolicyOutput, UserError
@@ -274,10 +275,13 @@ class Learning(ABC):
         """Takes the weights of a checkpoint."""
         from safetensors.torch import load_file
 
-        where = "adapter.safetensors" if self.adapter is not None else "policy/model.safetensors"
-        stored = load_file(folder / where)
+        trained = dict(self._trained())
+        if self.adapter is not None:
+            stored = load_file(folder / "adapter.safetensors")
+        else:
+            stored = weights_in(folder / "policy", self.model, trained)
         with torch.no_grad():
-            for name, parameter in self._trained():
+            for name, parameter in trained.items():
                 parameter.copy_(stored[name])
 
     def load_state(self, folder: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from instant_reward import models
 from instant_reward.notice import without_bars
@@ -57,6 +58,32 @@ def read_folder(folder: Path, read: Callable[..., Any], **options: Any) -> Any:
             return read(folder, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the model in {folder} cannot be loaded: {_first_line(error)}; check the folder") from error
+
+
+def weights_in(folder: Path, model: Any, names: Iterable[str]) -> dict[str, Tensor]:
+    """The weights of a model's folder by the model's own names.
+
+    In the file some have other names: of tied weights it keeps one, and GPT-NeoX and mixtures of experts stand there
+    as older versions of transformers had them. Such a folder is read as transformers reads it.
+
+    Args:
+        model: of the same class, as it is now.
+        names: those that are needed.
+
+    Raises:
+        UserError: where one is not there.
+    """
+    from safetensors.torch import load_file
+
+    stored = load_file(folder / "model.safetensors")
+    if set(names) - stored.keys():
+        dtype = next(model.parameters()).dtype
+        read, found = read_folder(folder, type(model).from_pretrained, dtype=dtype, output_loading_info=True)
+        there = {name: one.detach() for name, one in read.named_parameters() if name not in found["missing_keys"]}
+        stored = there | stored
+    if missing := sorted(set(names) - stored.keys()):
+        raise UserError(f"the model in {folder} has no weights for {missing[0]}; take another checkpoint")
+    return stored
 
 
 def load_beside(name: str, compute: torch.dtype, place: str, tokenizer: Any, what: str, seq2seq: bool = False) -> Any:

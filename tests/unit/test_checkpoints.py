@@ -1,0 +1,67 @@
+"""Checkpoints of models whose weights stand in transformers' files under other names than their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+import choosing
+from instant_reward.policies.causal import CausalPolicy
+from instant_reward.policies.masked import MaskedPolicy
+from instant_reward.policies.optimizer import Optimization
+from instant_reward.policies.policy import Policy
+from instant_reward.types import UserError
+from tiny import shared_tokenizer, tiny_config, tiny_llama, tiny_policy
+
+
+def causal(kind: str, **changes: Any) -> Policy:
+    config = AutoConfig.for_model(kind, **{**tiny_config(), **changes})
+    return CausalPolicy(AutoModelForCausalLM.from_config(config), shared_tokenizer())
+
+
+def masked() -> Policy:
+    """Its output head is tied, and the file keeps the embeddings' name alone."""
+    tokenizer = choosing.tiny_masked().tokenizer
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    ids = {"vocab_size": len(tokenizer), "max_position_embeddings": 24, "pad_token_id": tokenizer.pad_token_id}
+    return MaskedPolicy(AutoModelForMaskedLM.from_config(AutoConfig.for_model("xlm-roberta", **size, **ids)), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: causal("gpt_neox"),
+        lambda: causal("mixtral", num_local_experts=2),
+        lambda: causal("qwen3_moe", num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8),
+        masked,
+    ],
+    ids=["gpt_neox", "mixtral", "qwen3_moe", "xlm-roberta"],
+)
+def test_a_checkpoint_gives_back_every_weight(make: Any, tmp_path: Path) -> None:
+    policy = make()
+    policy.prepare(Optimization(learning_rate=0.1))
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            weight.add_(torch.randn_like(weight))
+    saved = {name: weight.detach().clone() for name, weight in policy.model.named_parameters()}
+    policy.save_state(tmp_path)
+    again = make()
+    again.prepare(Optimization(learning_rate=0.1))
+    again.load_state(tmp_path)
+    found = dict(again.model.named_parameters())
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in saved.items())
+
+
+def test_a_checkpoint_without_a_weight_is_refused(tmp_path: Path) -> None:
+    """What transformers makes up for a weight that is not there is not taken for it."""
+    policy = tiny_policy(tiny_llama(dtype=torch.float32, num_hidden_layers=1), torch.float32)
+    policy.prepare(Optimization(learning_rate=0.1))
+    policy.save_state(tmp_path)
+    larger = tiny_policy(tiny_llama(dtype=torch.float32), torch.float32)
+    with pytest.raises(UserError, match=r"has no weights for model\.layers\.1"):
+        larger.load_weights(tmp_path)
