@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import choosing
 from instant_reward.policies.causal import CausalPolicy
+from instant_reward.policies.kinds import load_policy
 from instant_reward.policies.masked import MaskedPolicy
 from instant_reward.policies.optimizer import Optimization
 from instant_reward.policies.policy import Policy
@@ -23,12 +24,13 @@ def causal(kind: str, **changes: Any) -> Policy:
     return CausalPolicy(AutoModelForCausalLM.from_config(config), shared_tokenizer())
 
 
-def masked() -> Policy:
+def masked(kind: str = "xlm-roberta") -> MaskedPolicy:
     """Its output head is tied, and the file keeps the embeddings' name alone."""
     tokenizer = choosing.tiny_masked().tokenizer
     size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     ids = {"vocab_size": len(tokenizer), "max_position_embeddings": 24, "pad_token_id": tokenizer.pad_token_id}
-    return MaskedPolicy(AutoModelForMaskedLM.from_config(AutoConfig.for_model("xlm-roberta", **size, **ids)), tokenizer)
+    config = AutoConfig.for_model(kind, **size, **ids, mask_token_id=tokenizer.mask_token_id)
+    return MaskedPolicy(AutoModelForMaskedLM.from_config(config), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -65,3 +67,16 @@ def test_a_checkpoint_without_a_weight_is_refused(tmp_path: Path) -> None:
     larger = tiny_policy(tiny_llama(dtype=torch.float32), torch.float32)
     with pytest.raises(UserError, match=r"has no weights for model\.layers\.1"):
         larger.load_weights(tmp_path)
+
+
+def test_no_weight_of_a_masked_model_is_left_as_it_was_drawn(tmp_path: Path) -> None:
+    """ESM's file has other names than its model, and ``load_state_dict`` would pass over them."""
+    policy = masked("esm")
+    with torch.no_grad():
+        for name, weight in policy.model.named_parameters():
+            if name != "lm_head.bias":  # which it adds behind the head: where that is not 0 the model is refused
+                weight.add_(torch.randn_like(weight))
+    policy.save(tmp_path)
+    again = load_policy(str(tmp_path))
+    found = dict(again.model.named_parameters())
+    assert all(torch.equal(found[name], weight) for name, weight in policy.model.named_parameters())

@@ -20,7 +20,7 @@ from instant_reward.policies.decisions import PLAIN, DecisionPolicy, Steps, deci
 from instant_reward.policies.drafts import STOP, DraftDecoder, Slots
 from instant_reward.policies.fills import Fills, reading, states_of
 from instant_reward.policies.head import Softmax
-from instant_reward.policies.load import Dtype, compute_dtype, load_model, master, read_folder
+from instant_reward.policies.load import Dtype, compute_dtype, load_model, master, read_folder, weights_in
 from instant_reward.text import Decoder
 from instant_reward.types import Prompt, UserError
 
@@ -248,7 +248,8 @@ def load_masked(name: str, dtype: Dtype, lora: Mapping[str, Any] | None, place: 
         config = AutoConfig.from_pretrained(folder)
         made = AutoModelForMaskedLM.from_config(config, dtype=master(compute), attn_implementation="sdpa")  # type: ignore[no-untyped-call]
         add_order(made)
-        made.load_state_dict(stored, strict=False)  # weights that are tied stand in the file once
+        read = weights_in(folder, made, dict(made.named_parameters()))
+        made.load_state_dict(read, strict=False)  # of weights that are tied the second name is missing
         return made
 
     tokenizer = read_folder(folder, AutoTokenizer.from_pretrained)
