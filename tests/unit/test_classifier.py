@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
@@ -166,6 +167,32 @@ def test_a_model_whose_logits_are_something_else_is_refused() -> None:
     model = GPT2ForSequenceClassification(GPT2Config(n_embd=8, n_layer=1, n_head=2, **SIZE))
     with pytest.raises(UserError, match="last linear layer"):
         ClassifierPolicy(model, word_tokenizer())
+
+
+def like(shape: str, **changes: Any) -> Any:
+    """A classifier of another shape, for the same tokenizer."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = AutoConfig.for_model(shape, **sizes, max_position_embeddings=16, **SIZE, **changes)
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def test_a_model_needs_no_attention_of_a_certain_kind(tmp_path: Path) -> None:
+    """DeBERTa has an attention of its own."""
+    model = like("deberta-v2", relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False)
+    model.save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    policy = ir.load_policy(str(tmp_path))
+    texts = policy.sample(["the film was great", "slow"], per_prompt=3)
+    with torch.no_grad():
+        logs = model.eval()(**word_tokenizer()("slow", return_tensors="pt")).logits.log_softmax(-1)[0]
+    assert texts[3].logprobs[0] == pytest.approx(float(logs[texts[3].token_ids[0]]), abs=1e-5)
+
+
+def test_a_model_that_reads_padding_is_refused() -> None:
+    """ConvBERT's convolutions do: what it says of a text hangs on what is read beside it."""
+    with pytest.raises(UserError, match="side by side"):
+        ClassifierPolicy(like("convbert", embedding_size=8), word_tokenizer())
 
 
 def test_a_vocabulary_that_does_not_match_is_refused() -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertForMaskedLM
+from transformers import AutoConfig, AutoModelForMaskedLM, BertForMaskedLM
 
 import instant_reward as ir
 from choosing import WORDS, blank_tokenizer, tiny_masked
+from instant_reward.batch import collate
 from instant_reward.policies.kinds import kind_of
 from instant_reward.policies.masked import MaskedPolicy
 from instant_reward.records import rollout_from_record, rollout_record
@@ -171,3 +172,37 @@ def test_a_tokenizer_without_a_mask_and_an_adapter_are_refused(tmp_path: Path) -
         sampled(stop=["b"])
     with pytest.raises(UserError, match="no mask token"):
         MaskedPolicy(policy.model, bare, torch.float64)
+
+
+def like(shape: str, **changes: Any) -> Any:
+    """A masked model of another shape, for the same tokenizer."""
+    tokenizer = blank_tokenizer()
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    size |= {"embedding_size": 8, "vocab_size": len(tokenizer), "max_position_embeddings": 24, "pad_token_id": 0}
+    torch.manual_seed(0)
+    return AutoModelForMaskedLM.from_config(AutoConfig.for_model(shape, **{**size, **changes}))
+
+
+def test_a_model_needs_no_attention_of_a_certain_kind(tmp_path: Path) -> None:
+    """DeBERTa has an attention of its own, which a masked model may have: it takes no mask of this library's."""
+    relative = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}
+    policy = MaskedPolicy(like("deberta-v2", type_vocab_size=0, **relative), blank_tokenizer())
+    policy.save(tmp_path)
+    again = ir.load_policy(str(tmp_path))
+    texts = again.sample(ROWS, per_prompt=3, max_new_tokens=3)
+    assert torch.allclose(policy.score(collate(texts)), collate(texts).old_logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (lambda: like("convbert"), "side by side"),
+        (lambda: like("mobilebert", true_hidden_size=8, intra_bottleneck_size=8), "without calling its output head"),
+        (lambda: like("bert", vocab_size=len(blank_tokenizer()) - 1), "do not belong together"),
+    ],
+    ids=["company", "head", "vocabulary"],
+)
+def test_models_that_cannot_be_read_are_refused(model: Any, told: str) -> None:
+    """ConvBERT's convolutions read the padding; MobileBERT multiplies by its head's weight without the head."""
+    with pytest.raises(UserError, match=told):
+        MaskedPolicy(model(), blank_tokenizer())

@@ -649,6 +649,10 @@ class TestLoading:
         with pytest.raises(UserError, match="changes its logits"):
             tiny_policy(model)
 
+    def test_a_vocabulary_that_does_not_match_is_refused(self) -> None:
+        with pytest.raises(UserError, match="do not belong together"):
+            tiny_policy(tiny_llama(vocab_size=len(shared_tokenizer()) - 1, pad_token_id=None))
+
     def test_attention_that_takes_no_mask_of_ours_is_refused(self) -> None:
         with pytest.raises(UserError, match="runs the attention 'eager', and only 'sdpa' is supported"):
             tiny_policy(tiny_llama(attn_implementation="eager"))

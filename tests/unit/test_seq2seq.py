@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, M2M100Config, M2M100ForConditionalGeneration
 
 import instant_reward as ir
 from instant_reward.batch import Batch, collate
@@ -23,7 +23,17 @@ from instant_reward.sampling import columns
 from instant_reward.sampling.seq2seq import Seq2SeqDecoder
 from instant_reward.types import Rollout, UserError
 from tiny import tiny_folder
-from tiny_seq2seq import IDS, KINDS, STEP_ID, TOKENIZER, letters_tokenizer, seq2seq_folder, tiny_model, tiny_seq2seq
+from tiny_seq2seq import (
+    IDS,
+    KINDS,
+    SHAPE,
+    STEP_ID,
+    TOKENIZER,
+    letters_tokenizer,
+    seq2seq_folder,
+    tiny_model,
+    tiny_seq2seq,
+)
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 SOURCES = ["abc de", "a", "edcba ab", "b"]
@@ -280,6 +290,19 @@ class TestRefusals:
         for kind in ("bart", "marian", "berts"):
             with pytest.raises(UserError, match="cannot be decoded side by side"):
                 tiny_seq2seq(kind)
+
+    def test_positions_that_are_counted_from_the_tokens(self) -> None:
+        """M2M100's (NLLB's) are no table of weights, and count the tokens that are no padding."""
+        config = M2M100Config(**IDS, **SHAPE, decoder_start_token_id=IDS["eos_token_id"])
+        torch.manual_seed(0)
+        with pytest.raises(UserError, match="places its tokens"):
+            Seq2SeqPolicy(M2M100ForConditionalGeneration(config).eval(), TOKENIZER, torch.float32)
+
+    def test_a_vocabulary_that_does_not_match(self) -> None:
+        model = tiny_model("bart")
+        model.resize_token_embeddings(len(TOKENIZER) - 1)
+        with pytest.raises(UserError, match="do not belong together"):
+            tiny_seq2seq("bart", model=model)
 
     def test_another_attention(self) -> None:
         model = tiny_model("bart")

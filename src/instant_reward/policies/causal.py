@@ -15,6 +15,7 @@ from instant_reward.policies.load import (
     Dtype,
     check_attention,
     check_head,
+    check_words,
     compute_dtype,
     end_ids,
     load_beside,
@@ -50,6 +51,7 @@ class CausalPolicy(Policy):
         self, model: Any, tokenizer: Any, compute: torch.dtype = torch.float32, adapter: Any = None, name: str = ""
     ) -> None:
         super().__init__(model, tokenizer, compute, adapter, name)
+        check_words(model, tokenizer)
         self.end_ids = end_ids(model, tokenizer)
         self.pad_id = pad_id(tokenizer, self.end_ids)
         check_head(model)

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from instant_reward import models
 from instant_reward.batch import Batch
 from instant_reward.policies import terms
-from instant_reward.policies.decisions import PLAIN, DecisionPolicy, Steps, decided
+from instant_reward.policies.decisions import PLAIN, DecisionPolicy, Steps, check_company, decided
 from instant_reward.policies.head import Softmax
 from instant_reward.policies.kinds import kind_of
-from instant_reward.policies.load import Dtype, compute_dtype, load_model
+from instant_reward.policies.load import Dtype, check_words, compute_dtype, load_model
 from instant_reward.types import Prompt, UserError
 
 AUTO = "AutoModelForSequenceClassification"
+PROBES = ("a", "a a a a")
 PART_TOKENS = 4096  # texts are read together up to so many tokens, padding included
 
 
@@ -38,6 +39,12 @@ class ClassifierPolicy(DecisionPolicy):
         self.heads = {type(model): _head_name(model, tokenizer)}
         super().__init__(model, tokenizer, compute, adapter, name)
         self.labels = _labels(model)
+        short, long = (prompt.context for prompt in self.prompts([{"text": one} for one in PROBES], "text", 1))
+        with torch.no_grad():
+            alone, beside = (
+                _before(self.output_head(model), model, self._given(some))[0] for some in ([short], [short, long])
+            )
+        check_company(model, alone, beside[:1])
 
     @property
     def context(self) -> int:
@@ -46,7 +53,7 @@ class ClassifierPolicy(DecisionPolicy):
         positions = [one for name, one in self.model.named_modules() if name.endswith("position_embeddings")]
         if positions and getattr(positions[0], "padding_idx", None) is not None:  # RoBERTa's count from behind it
             limits[0] = positions[0].num_embeddings - positions[0].padding_idx - 1
-        return min(int(limit) for limit in limits if limit)
+        return min(int(limit) for limit in limits if limit and limit > 0)  # of XLNet's any, it says -1
 
     def output_head(self, model: Any) -> Any:  # type: ignore[override]
         """See ``Learning``."""
@@ -128,6 +135,12 @@ class ClassifierPolicy(DecisionPolicy):
         return torch.cat(parts)[back]
 
     def _read(self, model: Any, contexts: Sequence[Any]) -> Tensor:
+        with self.autocast():
+            states = _before(self.output_head(model), model, self._given(contexts))[0]
+        return states.to(torch.bfloat16) if self.compute == torch.bfloat16 else states
+
+    def _given(self, contexts: Sequence[Any]) -> dict[str, Tensor]:
+        """What a model reads of contexts, right-padded."""
         longest = max(len(context[0]) for context in contexts)
         pads = [self.tokenizer.pad_token_id or 0, 0]
         columns = [
@@ -140,13 +153,11 @@ class ClassifierPolicy(DecisionPolicy):
         lengths = torch.tensor([len(context[0]) for context in contexts], device=self.device)
         given = {
             "input_ids": columns[0],
-            "attention_mask": torch.arange(longest, device=self.device) < lengths[:, None],
+            "attention_mask": (torch.arange(longest, device=self.device) < lengths[:, None]).long(),
         }
         if len(columns) > 1:
             given["token_type_ids"] = columns[1]
-        with self.autocast():
-            states = _before(self.output_head(model), model, given)[0]
-        return states.to(torch.bfloat16) if self.compute == torch.bfloat16 else states
+        return given
 
     def choose(
         self, model: Any, encoded: Any, steps: Steps, no_end: Tensor, softmax: Softmax = PLAIN
@@ -194,12 +205,8 @@ def _head_name(model: Any, tokenizer: Any) -> str:
     Raises:
         UserError: where no layer is that, or the tokenizer has more words than the model.
     """
-    words = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > words:
-        raise UserError(
-            f"{type(model).__name__} knows {words} tokens and its tokenizer {len(tokenizer)}, so the two do not belong "
-            "together; save the tokenizer that the model was made with into its folder"
-        )
+    check_words(model, tokenizer)
+    words = len(model.get_input_embeddings().weight)
     given = {"input_ids": torch.tensor([[1, 2, 3]], device=next(model.parameters()).device) % words}
     last: list[str] = []
     hooks = [

@@ -124,6 +124,22 @@ def decided(batch: Batch, device: torch.device) -> tuple[list[Any], Steps]:
     return contexts, Steps(torch.tensor(of_row, device=device)[rows.to(device)], before)
 
 
+def check_company(model: Any, alone: Tensor, beside: Tensor) -> None:
+    """Refuses a model that makes something else of a text where a longer one stands beside it.
+
+    Args:
+        alone, beside: the same states, made of the text alone and of the two, right-padded.
+
+    Raises:
+        UserError: names the model.
+    """
+    if not float((alone - beside).norm()) <= 1e-4 * float(alone.norm()):
+        raise UserError(
+            f"{type(model).__name__} reads a text in another way where a longer one stands beside it, so texts cannot "
+            "be read side by side; use another model, such as BERT"
+        )
+
+
 class Names:
     """Actions by their names, one behind the other, as a text (``Decoder``).
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from instant_reward.policies import terms
 from instant_reward.policies.drafts import STOP, Slots
 from instant_reward.policies.head import Softmax, as_drawn, chunks, logits_of, token_logprobs
+from instant_reward.types import UserError
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,9 @@ def states_of(model: Any, ids: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
     """The states of a masked model's trunk, and what its output head reads, each ``[N, L, D]``.
 
     Between the two a model may do more, so it is run whole; but for the head, which would make ``[N, L, V]``.
+
+    Raises:
+        UserError: where the head is not called.
     """
     found: list[Tensor] = []
 
@@ -167,4 +171,9 @@ def states_of(model: Any, ids: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
     finally:
         for hook in hooks:
             hook.remove()
+    if len(found) < 2:
+        raise UserError(
+            f"{type(model).__name__} makes its logits without calling its output head, which is not supported; use "
+            "another model, such as BERT"
+        )
     return found[0], found[1]

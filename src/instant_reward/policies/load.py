@@ -17,12 +17,10 @@ from instant_reward.policies.states import trunk
 from instant_reward.types import UserError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
-SEQ2SEQ = "AutoModelForSeq2SeqLM"
+CAUSAL, SEQ2SEQ = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
 
 
-def load_model(
-    name: str, compute: torch.dtype, place: str, kind: str = "AutoModelForCausalLM", **changed: Any
-) -> tuple[Any, Any]:
+def load_model(name: str, compute: torch.dtype, place: str, kind: str = CAUSAL, **changed: Any) -> tuple[Any, Any]:
     """A model in its master dtype, and its tokenizer.
 
     Args:
@@ -36,7 +34,9 @@ def load_model(
 
     folder = models.locate(name)
     tokenizer = read_folder(folder, transformers.AutoTokenizer.from_pretrained)
-    options = {"dtype": master(compute), "attn_implementation": "sdpa", **changed}
+    options = {"dtype": master(compute), **changed}
+    if kind in (CAUSAL, SEQ2SEQ):  # whose masks say what each token may look at; encoders may attend as they like
+        options["attn_implementation"] = "sdpa"
     return read_folder(folder, getattr(transformers, kind).from_pretrained, **options).to(place), tokenizer
 
 
@@ -97,7 +97,7 @@ def load_beside(name: str, compute: torch.dtype, place: str, tokenizer: Any, wha
     Raises:
         UserError: where its tokenizer is another one, or it is of another kind.
     """
-    model, own = load_model(name, compute, place, SEQ2SEQ if seq2seq else "AutoModelForCausalLM")
+    model, own = load_model(name, compute, place, SEQ2SEQ if seq2seq else CAUSAL)
     if own.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"{what}: {name} has another tokenizer than the policy, so it cannot read its tokens; use another"
@@ -164,6 +164,22 @@ def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 def pad_id(tokenizer: Any, ends: Sequence[int]) -> int:
     """What pads rows: the tokenizer's padding token, else an end token, else 0."""
     return int(next(i for i in (tokenizer.pad_token_id, *ends, 0) if i is not None))
+
+
+def check_words(model: Any, tokenizer: Any) -> None:
+    """Refuses a tokenizer that writes tokens which the model does not know.
+
+    Raises:
+        UserError: says how many each knows.
+    """
+    head = model.get_output_embeddings()
+    tables = [model.get_input_embeddings().weight, *([] if head is None else [head.weight])]
+    words = min(map(len, tables))
+    if len(tokenizer) > words:
+        raise UserError(
+            f"{type(model).__name__} knows {words} tokens and its tokenizer {len(tokenizer)}, so the two do not belong "
+            "together; save the tokenizer that the model was made with into its folder"
+        )
 
 
 def check_attention(model: Any) -> None:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from instant_reward import models
 from instant_reward.batch import Batch
-from instant_reward.policies.decisions import PLAIN, DecisionPolicy, Steps, decided
+from instant_reward.policies.decisions import PLAIN, DecisionPolicy, Steps, check_company, decided
 from instant_reward.policies.drafts import STOP, DraftDecoder, Slots
 from instant_reward.policies.fills import Fills, reading, states_of
 from instant_reward.policies.head import Softmax
-from instant_reward.policies.load import Dtype, compute_dtype, load_model, master, read_folder, weights_in
+from instant_reward.policies.load import Dtype, check_words, compute_dtype, load_model, master, read_folder, weights_in
 from instant_reward.text import Decoder
 from instant_reward.types import Prompt, UserError
 
@@ -33,6 +33,7 @@ DTYPES: dict[torch.dtype, Dtype] = {
     torch.float64: "float64",
     torch.bfloat16: "bfloat16",
 }
+PROBE = 4  # tokens more has the longer text of two
 ORDER = "order"  # the layer that scores places, under this name among the model's own
 
 
@@ -81,14 +82,14 @@ class MaskedPolicy(DecisionPolicy):
         name: str = "",
         edits: bool | None = None,
     ) -> None:
-        check(model.eval(), tokenizer)
+        self.pads = int(next((i for i in (tokenizer.pad_token_id, tokenizer.mask_token_id) if i is not None), 0))
+        check(model.eval(), tokenizer, self.pads)
         if not hasattr(model, ORDER):
             add_order(model)
         edits = bool(getattr(model.config, "edits", False)) if edits is None else edits
         model.config.edits = edits  # a saved model is loaded as the same policy
         self.slots = Slots(tokenizer, len(model.get_output_embeddings().weight), edits)
         self.end_ids = (STOP,) if edits else ()
-        self.pads = int(next(i for i in (tokenizer.pad_token_id, tokenizer.mask_token_id) if i is not None))
         super().__init__(model, tokenizer, compute, None, name)
 
     @property
@@ -201,25 +202,33 @@ class MaskedPolicy(DecisionPolicy):
         return self.slots.fills(prompt.context, self.tokenizer(text)["input_ids"], f"prompt {prompt.id}: its text")
 
 
-def check(model: Any, tokenizer: Any) -> None:
-    """Refuses a model whose tokens' logits are not its output head's, and a tokenizer that knows no mask.
+def check(model: Any, tokenizer: Any, pad: int) -> None:
+    """Refuses a model whose tokens' logits are not its output head's or that does not read texts side by side, and a
+    tokenizer that knows no mask or that does not fit.
 
     Raises:
         UserError: says which.
     """
     if tokenizer.mask_token_id is None:
         raise UserError("the tokenizer of this masked model has no mask token; give it one (mask_token)")
-    ids = torch.full((1, 2), tokenizer.mask_token_id, device=model.device)
-    head = model.get_output_embeddings()
+    check_words(model, tokenizer)
+    head, device = model.get_output_embeddings(), model.device
+    ids = torch.full((1, 2), tokenizer.mask_token_id, device=device)
+    longer = torch.full((2, 2 + PROBE), tokenizer.mask_token_id, device=device)
+    longer[0, 2:] = pad
+    there = torch.ones_like(longer)
+    there[0, 2:] = 0
     with torch.no_grad():
         whole = model(input_ids=ids).logits
         states = states_of(model, ids, torch.ones_like(ids))[1]
         plain = nn.functional.linear(states, head.weight, getattr(head, "bias", None))
+        beside = states_of(model, longer, there)[1][:1, :2]
     if not torch.allclose(whole, plain, atol=1e-3, rtol=1e-3):
         raise UserError(
             f"{type(model).__name__} changes its logits after the output head, which is not supported; use another "
             "model"
         )
+    check_company(model, states, beside)
 
 
 def add_order(model: Any) -> None:
@@ -246,7 +255,7 @@ def load_masked(name: str, dtype: Dtype, lora: Mapping[str, Any] | None, place: 
 
     def own(_: Any) -> Any:
         config = AutoConfig.from_pretrained(folder)
-        made = AutoModelForMaskedLM.from_config(config, dtype=master(compute), attn_implementation="sdpa")  # type: ignore[no-untyped-call]
+        made = AutoModelForMaskedLM.from_config(config, dtype=master(compute))  # type: ignore[no-untyped-call]
         add_order(made)
         read = weights_in(folder, made, dict(made.named_parameters()))
         made.load_state_dict(read, strict=False)  # of weights that are tied the second name is missing

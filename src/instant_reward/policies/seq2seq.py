@@ -20,6 +20,7 @@ from instant_reward.policies.head import Softmax
 from instant_reward.policies.load import (
     SEQ2SEQ,
     Dtype,
+    check_words,
     compute_dtype,
     end_ids,
     load_beside,
@@ -55,6 +56,7 @@ class Seq2SeqPolicy(Policy):
 
         super().__init__(model, tokenizer, compute, adapter, name)
         check_parts(model)
+        check_words(model, tokenizer)
         check_decoding(model)
         fixed = getattr(model, "_keys_to_ignore_on_save", None) or ()  # computed, not learned: Marian's positions
         for key, parameter in model.named_parameters():
