@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import choosing
+from deciding import classifier_folder
 from instant_reward.policies.causal import CausalPolicy
 from instant_reward.policies.kinds import load_policy
 from instant_reward.policies.masked import MaskedPolicy
@@ -80,3 +81,28 @@ def test_no_weight_of_a_masked_model_is_left_as_it_was_drawn(tmp_path: Path) -> 
     again = load_policy(str(tmp_path))
     found = dict(again.model.named_parameters())
     assert all(torch.equal(found[name], weight) for name, weight in policy.model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked", "extractive"])
+def test_a_model_of_another_kind_is_not_completed_by_chance(kind: str, tmp_path: Path) -> None:
+    """transformers draws what a folder has no weights for, and says no more than a warning."""
+    folder = classifier_folder(tmp_path)
+    with pytest.raises(UserError, match="it is a model of another kind"):
+        load_policy(str(folder), kind=kind)
+
+
+def test_a_trunk_without_an_output_head_is_no_language_model(tmp_path: Path) -> None:
+    """As models that embed texts are saved: their head would be drawn by chance."""
+    model = tiny_llama(dtype=torch.float32)
+    model.model.save_pretrained(tmp_path)
+    shared_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"no weights for lm_head\.weight"):
+        load_policy(str(tmp_path))
+
+
+def test_a_critic_of_another_kind_is_refused(tmp_path: Path) -> None:
+    """Its sizes are a new config's, which may be the policy's."""
+    policy = choosing.tiny_extractive(buckets=8192, max_sentences=32)
+    policy.compute = torch.float32
+    with pytest.raises(UserError, match="it is a model of another kind"):
+        policy.load_beside(str(classifier_folder(tmp_path)), "algorithm.critic.model")

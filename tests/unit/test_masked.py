@@ -144,6 +144,8 @@ def test_texts_that_cannot_be_used_are_named() -> None:
         return str(error.value)
 
     assert "prompt 1 has a text with no [MASK]" in told("a b c")
+    with pytest.raises(UserError, match=r"prompt 0 has no column 'prompt' \(it has: text\)"):
+        policy.sample([{"text": "a [MASK]"}])
     assert "no token" in told("", which=tiny_masked(edits=True))
     assert "the model reads 16" in told("[MASK] " * 20)
     assert "5 masks" in told("[MASK] " * 5)

@@ -242,6 +242,10 @@ class TestPrompts:
         assert (prompt.text, prompt.info) == ("ab c", {"target": "x"})
         assert policy.actions_of("ab", prompt) == [0, 1, IDS["eos_token_id"]]
 
+    def test_from_nothing_it_writes_nothing(self) -> None:
+        with pytest.raises(UserError, match="name the column"):
+            tiny_seq2seq().unprompted([{}])
+
     def test_what_does_not_fit_is_refused(self) -> None:
         policy = tiny_seq2seq("berts")  # its decoder reads 64 tokens
         with pytest.raises(UserError, match=r"prompt 1 has a source of 65 tokens, and the encoder may read 64"):

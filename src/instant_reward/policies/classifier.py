@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from instant_reward import models
 from instant_reward.batch import Batch
 from instant_reward.policies import terms
-from instant_reward.policies.decisions import PLAIN, DecisionPolicy, Steps, check_company, decided
+from instant_reward.policies.decisions import PLAIN, DecisionPolicy, Steps, cell, check_company, decided
 from instant_reward.policies.head import Softmax
 from instant_reward.policies.kinds import kind_of
 from instant_reward.policies.load import Dtype, check_words, compute_dtype, load_model
@@ -90,8 +90,7 @@ class ClassifierPolicy(DecisionPolicy):
         return [self._prompt(row, index, column, most) for index, row in enumerate(rows)]
 
     def _prompt(self, row: Mapping[str, Any], index: int, column: str, most: int | None) -> Prompt:
-        where = getattr(row, "where", f"prompt {index}")
-        content = row[column]
+        where, content = cell(row, column, index)
         texts = [content] if isinstance(content, str) else content
         pair = isinstance(texts, list) and len(texts) in (1, 2) and all(isinstance(one, str) for one in texts)
         if not pair:

@@ -124,6 +124,18 @@ def decided(batch: Batch, device: torch.device) -> tuple[list[Any], Steps]:
     return contexts, Steps(torch.tensor(of_row, device=device)[rows.to(device)], before)
 
 
+def cell(row: Mapping[str, Any], column: str, number: int) -> tuple[str, Any]:
+    """What a row is called in messages, and what stands in its column.
+
+    Raises:
+        UserError: where it has no such column.
+    """
+    where = getattr(row, "where", f"prompt {number}")
+    if column not in row:
+        raise UserError(f"{where} has no column {column!r} (it has: {', '.join(row)}): name the one to decide about.")
+    return where, row[column]
+
+
 def check_company(model: Any, alone: Tensor, beside: Tensor) -> None:
     """Refuses a model that makes something else of a text where a longer one stands beside it.
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from instant_reward import models
 from instant_reward.batch import Batch
 from instant_reward.policies import terms
-from instant_reward.policies.decisions import PLAIN, DecisionPolicy, Names, Steps, decided
+from instant_reward.policies.decisions import PLAIN, DecisionPolicy, Names, Steps, cell, decided
 from instant_reward.policies.head import Softmax
-from instant_reward.policies.load import Dtype, compute_dtype, master, read_folder
+from instant_reward.policies.load import Dtype, check_found, compute_dtype, master, read_folder
 from instant_reward.policies.sentences import SentencesConfig, SentencesModel, buckets_of
 from instant_reward.text import Decoder, Pieces
 from instant_reward.types import Prompt, UserError
@@ -124,7 +124,7 @@ class ExtractivePolicy(DecisionPolicy):
         return [self._prompt(row, column, number, limit) for number, row in enumerate(rows)]
 
     def _prompt(self, row: Mapping[str, Any], column: str, number: int, limit: int) -> Prompt:
-        where, text = getattr(row, "where", f"prompt {number}"), row[column]
+        where, text = cell(row, column, number)
         if not isinstance(text, str):
             raise UserError(f"{where} has a {type(text).__name__} for a document: give text.")
         sentences = split(text)
@@ -184,7 +184,12 @@ def load_extractive(name: str, dtype: Dtype, lora: Mapping[str, Any] | None, pla
 
 
 def _load(name: str, compute: torch.dtype) -> Any:
-    return read_folder(models.locate(name), SentencesModel.from_pretrained, dtype=master(compute))
+    folder = models.locate(name)
+    model, found = read_folder(
+        folder, SentencesModel.from_pretrained, dtype=master(compute), output_loading_info=True
+    )
+    check_found(folder, found, SentencesModel.__name__)
+    return model
 
 
 def new_extractive(values: Mapping[str, Any], seed: int, compute: torch.dtype, place: str) -> ExtractivePolicy:

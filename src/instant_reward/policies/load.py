@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,8 @@ def load_model(name: str, compute: torch.dtype, place: str, kind: str = CAUSAL, 
         changed: values of its config that replace the folder's.
 
     Raises:
-        UserError: where the model is not there or cannot be read.
+        UserError: where the model is not there, cannot be read, or has no weights for a part of it (but for the labels
+            that are given to an encoder, ``id2label``).
     """
     import transformers
 
@@ -37,7 +38,10 @@ def load_model(name: str, compute: torch.dtype, place: str, kind: str = CAUSAL, 
     options = {"dtype": master(compute), **changed}
     if kind in (CAUSAL, SEQ2SEQ):  # whose masks say what each token may look at; encoders may attend as they like
         options["attn_implementation"] = "sdpa"
-    return read_folder(folder, getattr(transformers, kind).from_pretrained, **options).to(place), tokenizer
+    model, found = read_folder(folder, getattr(transformers, kind).from_pretrained, output_loading_info=True, **options)
+    if "id2label" not in changed:
+        check_found(folder, found, type(model).__name__)
+    return model.to(place), tokenizer
 
 
 def master(compute: torch.dtype) -> torch.dtype:
@@ -58,6 +62,19 @@ def read_folder(folder: Path, read: Callable[..., Any], **options: Any) -> Any:
             return read(folder, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the model in {folder} cannot be loaded: {_first_line(error)}; check the folder") from error
+
+
+def check_found(folder: Path, found: Mapping[str, Any], kind: str) -> None:
+    """Refuses a model of which transformers drew some weights anew, since the folder has none for them.
+
+    Raises:
+        UserError: names one of them.
+    """
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"the model in {folder} has no weights for {missing[0]} of {kind}, so it is a model of another kind; "
+            "use one that was saved as this kind"
+        )
 
 
 def weights_in(folder: Path, model: Any, names: Iterable[str]) -> dict[str, Tensor]:

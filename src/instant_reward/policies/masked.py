@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from instant_reward import models
 from instant_reward.batch import Batch
-from instant_reward.policies.decisions import PLAIN, DecisionPolicy, Steps, check_company, decided
+from instant_reward.policies.decisions import PLAIN, DecisionPolicy, Steps, cell, check_company, decided
 from instant_reward.policies.drafts import STOP, DraftDecoder, Slots
 from instant_reward.policies.fills import Fills, reading, states_of
 from instant_reward.policies.head import Softmax
@@ -174,7 +174,7 @@ class MaskedPolicy(DecisionPolicy):
         return [self._prompt(row, column, number, limit, room) for number, row in enumerate(rows)]
 
     def _prompt(self, row: Mapping[str, Any], column: str, number: int, limit: int, room: int) -> Prompt:
-        where, text = getattr(row, "where", f"prompt {number}"), row[column]
+        where, text = cell(row, column, number)
         if not isinstance(text, str):
             raise UserError(f"{where} has a {type(text).__name__} for a text: give text.")
         ids = list(self.tokenizer(text)["input_ids"])

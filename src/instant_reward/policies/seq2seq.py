@@ -104,6 +104,10 @@ class Seq2SeqPolicy(Policy):
                 )
         return [replace(prompt, token_ids=list(self.starts), context=prompt.token_ids) for prompt in found]
 
+    def unprompted(self, rows: Sequence[Mapping[str, Any]]) -> list[Prompt]:
+        """See ``Policy``: there is no source to write from."""
+        raise UserError("data.column: an encoder-decoder writes from a source; name the column that holds it")
+
     def actions_of(self, text: str, prompt: Prompt) -> list[int]:
         """See ``Policy``: the text's tokens, as the tokenizer writes targets, and an end token, where there is one."""
         own = self.tokenizer.eos_token_id
