@@ -21,6 +21,7 @@ from instant_reward.batch import Batch, collate
 from instant_reward.config import AlgorithmConfig
 from instant_reward.losses import policy_gradient
 from instant_reward.policies.policy import Policy
+from instant_reward.types import Needs
 
 torch.set_num_threads(1)
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
@@ -56,6 +57,35 @@ def test_what_was_sampled_has_the_chance_it_was_sampled_with(kind: Kind, dtype: 
         assert len(lengths) > 2 or kind.longest == 1, "texts must leave at different times"
         other = replace(batch, temperature=batch.temperature * 1.1)
         assert float((read(policy, other) - batch.old_logprobs).abs()[batch.mask].max()) > 1e-3
+
+
+@every_kind
+def test_forbidden_ends_are_left_out_of_the_gradient_too(kind: Kind) -> None:
+    """Along a direction of the weights, log-probabilities and entropies change as their gradients say."""
+    policy = kind.policy(torch.float64)
+    batch = batch_of(policy, sampled(kind, policy, temperature=1.0, min_new_tokens=2))
+    policy.needs = Needs(entropy=True)
+    weights = [one for one in policy.model.parameters() if one.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    ways = [torch.randn(one.shape, generator=generator, dtype=one.dtype) for one in weights]
+    for table in (one for one in policy.model.modules() if isinstance(one, torch.nn.Embedding)):
+        if table.padding_idx is not None:  # which torch gives no gradient, also where a text has this token
+            ways[next(k for k, one in enumerate(weights) if one is table.weight)][table.padding_idx] = 0
+
+    def both() -> Tensor:
+        output = policy(batch)
+        assert output.entropy is not None
+        return output.logprobs.sum() + 3 * output.entropy.sum()
+
+    found = torch.autograd.grad(both(), weights, allow_unused=True)
+    slope = sum(float((one * way).sum()) for one, way in zip(found, ways, strict=True) if one is not None)
+    step, sides = 1e-6, list[float]()
+    for sign in (1, -2):
+        with torch.no_grad():
+            for one, way in zip(weights, ways, strict=True):
+                one.add_(way, alpha=sign * step)
+            sides.append(float(both()))
+    assert slope == pytest.approx((sides[0] - sides[1]) / (2 * step), rel=1e-4)
 
 
 @every_kind

@@ -84,7 +84,8 @@ class Fills(terms.Distribution):
         if self.temperature != 1.0:
             places = places / self.temperature
             places = places + torch.nn.functional.pad(self._at_places(self._sharpened).to(places), (1, 0))
-        return as_drawn(places, self.no_end, Softmax(1.0, (STOP,))).log_softmax(-1)
+        # A copy: what the softmax gave is needed for its gradient, and the ends are forbidden in place.
+        return as_drawn(places.clone(), self.no_end, Softmax(1.0, (STOP,))).log_softmax(-1)
 
     def _sharpened(self, states: Tensor) -> Tensor:
         """``log sum over tokens of p(token)**(1 / temperature)``: what a place weighs by its tokens, ``[n]``."""
