@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
+)
 
 import choosing
 from deciding import classifier_folder
@@ -18,6 +24,7 @@ from instant_reward.policies.optimizer import Optimization
 from instant_reward.policies.policy import Policy
 from instant_reward.types import UserError
 from tiny import shared_tokenizer, tiny_config, tiny_llama, tiny_policy
+from tiny_seq2seq import IDS, SHAPE, tiny_seq2seq
 
 
 def causal(kind: str, **changes: Any) -> Policy:
@@ -32,6 +39,19 @@ def masked(kind: str = "xlm-roberta") -> MaskedPolicy:
     ids = {"vocab_size": len(tokenizer), "max_position_embeddings": 24, "pad_token_id": tokenizer.pad_token_id}
     config = AutoConfig.for_model(kind, **size, **ids, mask_token_id=tokenizer.mask_token_id)
     return MaskedPolicy(AutoModelForMaskedLM.from_config(config), tokenizer)
+
+
+def test_positions_that_are_computed_are_never_learned(tmp_path: Path) -> None:
+    """Pegasus builds them fixed, and transformers loads them as parameters: a resumed run had more of them."""
+    config = PegasusConfig(**IDS, **SHAPE, decoder_start_token_id=IDS["pad_token_id"])
+    policy = tiny_seq2seq(model=PegasusForConditionalGeneration(config).eval(), compute=torch.float32)
+    policy.prepare(Optimization(learning_rate=0.1))
+    policy.save_state(tmp_path)
+    again = load_policy(str(tmp_path / "policy"))
+    again.prepare(Optimization(learning_rate=0.1))
+    fixed = {name for name, weight in again.model.named_parameters() if not weight.requires_grad}
+    assert fixed == {f"model.{part}.embed_positions.weight" for part in ("encoder", "decoder")}
+    again.load_state(tmp_path)
 
 
 @pytest.mark.parametrize(

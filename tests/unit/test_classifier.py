@@ -172,6 +172,7 @@ def test_a_model_whose_logits_are_something_else_is_refused() -> None:
 def like(shape: str, **changes: Any) -> Any:
     """A classifier of another shape, for the same tokenizer."""
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    sizes = {} if shape == "bart" else sizes
     config = AutoConfig.for_model(shape, **sizes, max_position_embeddings=16, **SIZE, **changes)
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_config(config)
@@ -187,6 +188,14 @@ def test_a_model_needs_no_attention_of_a_certain_kind(tmp_path: Path) -> None:
     with torch.no_grad():
         logs = model.eval()(**word_tokenizer()("slow", return_tensors="pt")).logits.log_softmax(-1)[0]
     assert texts[3].logprobs[0] == pytest.approx(float(logs[texts[3].token_ids[0]]), abs=1e-5)
+
+
+def test_texts_without_the_end_that_a_model_looks_for_are_refused() -> None:
+    """BART's classifier reads the state of the end token, which this tokenizer does not write."""
+    shape = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "eos_token_id": WORDS.index("dull")}
+    heads = {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")}
+    with pytest.raises(UserError, match="does not read the texts of its tokenizer"):
+        ClassifierPolicy(like("bart", **shape, **heads), word_tokenizer())
 
 
 def test_a_model_that_reads_padding_is_refused() -> None:

@@ -202,20 +202,27 @@ def _head_name(model: Any, tokenizer: Any) -> str:
     """The linear layer whose output the logits are, by its place in the model.
 
     Raises:
-        UserError: where no layer is that, or the tokenizer has more words than the model.
+        UserError: where no layer is that, the tokenizer has more words than the model, or its texts cannot be read.
     """
     check_words(model, tokenizer)
-    words = len(model.get_input_embeddings().weight)
-    given = {"input_ids": torch.tensor([[1, 2, 3]], device=next(model.parameters()).device) % words}
+    ids = tokenizer(PROBES[1])["input_ids"]
+    given = {"input_ids": torch.tensor([ids], device=next(model.parameters()).device)}
     last: list[str] = []
     hooks = [
         one.register_forward_hook(lambda *_, name=name: last.append(name))
         for name, one in model.named_modules()
         if isinstance(one, nn.Linear)
     ]
-    model.eval()(**given)
-    for hook in hooks:
-        hook.remove()
+    try:
+        model.eval()(**given)
+    except ValueError as error:  # of BART's and T5's a text must have an end
+        raise UserError(
+            f"{type(model).__name__} does not read the texts of its tokenizer ({error}); use a tokenizer that ends "
+            "texts as this model wants it, or a BERT-shaped model"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
     if last:
         head = model.get_submodule(last[-1])
         states, logits = _before(head, model, given)

@@ -53,6 +53,9 @@ class Learning(ABC):
         self, model: Any, tokenizer: Any, compute: torch.dtype = torch.float32, adapter: Any = None, name: str = ""
     ) -> None:
         self.model = model.eval()  # dropout would make the trainer's log-probabilities differ from the sampler's
+        for one in model.modules():  # positions that are computed, not learned: loading them makes parameters of them
+            if "Sinusoidal" in type(one).__name__:
+                one.requires_grad_(False)
         self.tokenizer = tokenizer
         self.compute = compute
         self.adapter = adapter

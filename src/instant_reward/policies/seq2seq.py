@@ -58,10 +58,6 @@ class Seq2SeqPolicy(Policy):
         check_parts(model)
         check_words(model, tokenizer)
         check_decoding(model)
-        fixed = getattr(model, "_keys_to_ignore_on_save", None) or ()  # computed, not learned: Marian's positions
-        for key, parameter in model.named_parameters():
-            if key in fixed:
-                parameter.requires_grad_(False)
         ends = end_ids(model, tokenizer)
         separator = getattr(tokenizer, "sep_token_id", None)  # what ends a text of a BERT
         self.end_ids = ends or (() if separator is None else (int(separator),))
