@@ -34,6 +34,7 @@ class Batch:
         pieces: int64 ``[B, L]``, where pieces (words, sentences, ...) are the actions: the number of the one that a
             sampled token belongs to; 0, 1, ... in each text. One ends with the token that shows that a piece is over.
         contexts: of each text what the policy reads besides the flat sequence; None where that is all.
+        reread: whether the contexts are read anew for each action: where actions change a text in its middle.
         shown: the same texts behind the prompts that the teacher sees, where it sees other ones than the policy.
         ref_logprobs, proximal_logprobs, teacher_logprobs: ``[B, L]``, of the reference, of the policy as it was when
             the step began, and of the teacher.
@@ -63,6 +64,7 @@ class Batch:
     fresh: Tensor | None = None
     pieces: Tensor | None = None
     contexts: list[Any] | None = None
+    reread: bool = False
     shown: Batch | None = None
     ref_logprobs: Tensor | None = None
     proximal_logprobs: Tensor | None = None
@@ -117,22 +119,25 @@ class Batch:
         """Row numbers: rows of like length together, siblings side by side, about so many tokens each, evenly.
 
         A group's prompt counts once in a share, what is read besides the flat sequence included: siblings have it in
-        common.
+        common. What is read anew for each action counts each time.
         """
         longest_of: dict[int, int] = {}
         besides = [0] * len(self) if self.contexts is None else [_numbers_in(one) for one in self.contexts]
         for group, length, more in zip(self.group.tolist(), self.length.tolist(), besides, strict=True):
             longest_of[group] = max(longest_of.get(group, 0), length + more)
         order = sorted(range(len(self)), key=lambda row: (longest_of[int(self.group[row])], int(self.group[row]), row))
-        prompts = {int(self.group[row]): int(self.prompt_length[row]) + besides[row] for row in order}
-        total = sum(prompts.values()) + int((self.length - self.prompt_length).sum())
+        common = [0] * len(self) if self.reread else besides
+        prompts = {int(self.group[row]): int(self.prompt_length[row]) + common[row] for row in order}
+        actions = (self.length - self.prompt_length).tolist()
+        sizes = [own * more if self.reread else own for own, more in zip(actions, besides, strict=True)]
+        total = sum(prompts.values()) + sum(sizes)
         even = total / max(1, -(-total // tokens_per_part))
         share: list[int] = []
         groups: set[int] = set()
         used = 0
         for row in order:
             group = int(self.group[row])
-            own = int(self.length[row] - self.prompt_length[row])
+            own = sizes[row]
             more = own + (0 if group in groups else prompts[group])
             if share and used + more / 2 > even:
                 yield share
@@ -214,6 +219,7 @@ def collate(
         token_count=int(mask.sum()),
         pieces=None if pieces is None else _piece_numbers(rollouts, pieces, longest),
         contexts=None if rollouts[0].context is None else [rollout.context for rollout in rollouts],
+        reread=rollouts[0].drafts is not None,
     )
 
 

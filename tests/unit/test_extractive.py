@@ -14,7 +14,7 @@ import instant_reward as ir
 from choosing import tiny_extractive
 from instant_reward.config_scratch import ScratchConfig
 from instant_reward.data import load_rows
-from instant_reward.policies.extractive import split
+from instant_reward.policies.extractive import new_extractive, split
 from instant_reward.policies.kinds import kind_of
 from instant_reward.policies.scratch import new_policy
 from instant_reward.rewards.metrics import Rouge
@@ -122,3 +122,11 @@ def test_new_models_by_plain_values(changes: dict[str, object], told: str) -> No
     assert all(text.logprobs[0] == pytest.approx(-math.log(4), abs=1e-6) for text in texts), "all choices alike"
     with pytest.raises(UserError, match=told):
         new_policy(ScratchConfig(config={**values, **changes}), [])
+
+
+def test_a_new_model_draws_from_a_seed_of_its_own() -> None:
+    """The caller's random numbers go on where they were."""
+    state = torch.get_rng_state()
+    one, other = (new_extractive({"hidden_size": 8, "heads": 2}, 3, torch.float32, "cpu") for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, one.model.parameters(), other.model.parameters()))

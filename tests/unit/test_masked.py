@@ -208,3 +208,14 @@ def test_models_that_cannot_be_read_are_refused(model: Any, told: str) -> None:
     """ConvBERT's convolutions read the padding; MobileBERT multiplies by its head's weight without the head."""
     with pytest.raises(UserError, match=told):
         MaskedPolicy(model(), blank_tokenizer())
+
+
+def test_a_text_counts_once_for_each_of_its_fills_in_a_part() -> None:
+    """It is read anew for each, by siblings too: parts that counted it once would not fit in memory."""
+    texts = sampled(per_prompt=8)
+    read = sum(len(text.token_ids) * len(text.context or []) for text in texts)
+    shares = list(collate(texts).shares(40))
+    assert sorted(row for share in shares for row in share) == list(range(len(texts)))
+    sizes = [sum(len(texts[row].token_ids) * len(texts[row].context or []) for row in share) for share in shares]
+    assert sum(sizes) == read > 200
+    assert max(sizes) <= 60

@@ -211,6 +211,7 @@ def new_extractive(values: Mapping[str, Any], seed: int, compute: torch.dtype, p
     config = SentencesConfig(**sizes)
     if config.hidden_size % config.heads:
         raise UserError("model.scratch.config.hidden_size: it must be a multiple of heads")
-    torch.manual_seed(seed)
-    model: Any = SentencesModel(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = SentencesModel(config)
     return ExtractivePolicy(model.to(place, master(compute)), compute)
