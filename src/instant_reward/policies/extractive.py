@@ -185,9 +185,7 @@ def load_extractive(name: str, dtype: Dtype, lora: Mapping[str, Any] | None, pla
 
 def _load(name: str, compute: torch.dtype) -> Any:
     folder = models.locate(name)
-    model, found = read_folder(
-        folder, SentencesModel.from_pretrained, dtype=master(compute), output_loading_info=True
-    )
+    model, found = read_folder(folder, SentencesModel.from_pretrained, dtype=master(compute), output_loading_info=True)
     check_found(folder, found, SentencesModel.__name__)
     return model
 
