@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, BertForMaskedLM
 import instant_reward as ir
 from choosing import WORDS, blank_tokenizer, tiny_masked
 from instant_reward.batch import collate
+from instant_reward.policies import fills
 from instant_reward.policies.kinds import kind_of
 from instant_reward.policies.masked import MaskedPolicy
 from instant_reward.records import rollout_from_record, rollout_record
@@ -208,6 +209,26 @@ def test_models_that_cannot_be_read_are_refused(model: Any, told: str) -> None:
     """ConvBERT's convolutions read the padding; MobileBERT multiplies by its head's weight without the head."""
     with pytest.raises(UserError, match=told):
         MaskedPolicy(model(), blank_tokenizer())
+
+
+def test_a_table_of_some_actions_reads_their_places_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks of one action each, and not of all actions for each chunk."""
+    policy = tiny_masked()
+    batch = collate(policy.sample(ROWS, per_prompt=2, max_new_tokens=4, temperature=0.7))
+    head = policy.head(policy.model, batch)
+    read: list[int] = []
+    sharpened = fills.Fills._sharpened
+
+    def counted(self: fills.Fills, states: torch.Tensor) -> torch.Tensor:
+        read.append(len(states))
+        return sharpened(self, states)
+
+    monkeypatch.setattr(fills.Fills, "_sharpened", counted)
+    whole = head.logits(slice(None))
+    once = sum(read)
+    parts = torch.cat([head.logits(slice(row, row + 1)) for row in range(len(head.hidden))])
+    assert torch.allclose(parts, whole, atol=1e-12)
+    assert sum(read) == 2 * once
 
 
 def test_a_text_counts_once_for_each_of_its_fills_in_a_part() -> None:

@@ -319,6 +319,8 @@ class TestRefusals:
         with pytest.raises(UserError, match="cannot be loaded"):
             policy.load_beside(str(tiny_folder(tmp_path / "causal")), "algorithm.teacher.model")
         folder = seq2seq_folder(tmp_path / "other", "bart")
+        with pytest.raises(UserError, match="begins its texts with"):
+            policy.load_beside(str(folder), "algorithm.teacher.model")
         letters_tokenizer("abcdx").save_pretrained(folder)
         with pytest.raises(UserError, match="another tokenizer"):
             policy.load_beside(str(folder), "algorithm.teacher.model")

@@ -47,7 +47,7 @@ class Fills(terms.Distribution):
 
     def logits(self, rows: slice) -> Tensor:
         """See ``Distribution``: here the log-probabilities themselves."""
-        places = self._of_places()[rows]
+        places = self._of_places(rows)
         some = self.states[rows]
         tokens = self._of_tokens(some.reshape(-1, some.shape[-1])).view(*some.shape[:2], len(self.weight))
         return torch.cat([places[:, :1], (places[:, 1:, None] + tokens).flatten(1)], 1)
@@ -56,7 +56,7 @@ class Fills(terms.Distribution):
         """See ``Distribution``: tokens at the places that were chosen, so that no table of all pairs is kept."""
         fill = targets != STOP
         place = (targets - 1).div(len(self.weight), rounding_mode="floor")
-        places = self._of_places()
+        places = self._of_places(slice(None))
         chosen = places.gather(1, (place + 1)[:, None]).squeeze(1)
         states = self.states[fill, place[fill]]
         token = ((targets - 1) % len(self.weight))[fill]
@@ -73,19 +73,21 @@ class Fills(terms.Distribution):
             tokens = self._of_tokens(states)
             return -(tokens.exp() * tokens.clamp(min=torch.finfo(tokens.dtype).min)).sum(-1)
 
-        written = self._at_places(some)
+        written = self._at_places(some, self.states)
         chances = places.exp()
         of_place = -(chances * places.clamp(min=torch.finfo(places.dtype).min)).sum(1)
         return of_place + (chances[:, 1:] * written.to(chances)).sum(1)
 
-    def _of_places(self) -> Tensor:
-        """The log-probabilities ``[N, 1 + P]`` of stopping and of each place."""
-        places = self.places.log_softmax(-1)
+    def _of_places(self, rows: slice) -> Tensor:
+        """The log-probabilities ``[n, 1 + P]`` of stopping and of each place."""
+        places = self.places[rows].log_softmax(-1)
         if self.temperature != 1.0:
             places = places / self.temperature
-            places = places + torch.nn.functional.pad(self._at_places(self._sharpened).to(places), (1, 0))
+            places = places + torch.nn.functional.pad(
+                self._at_places(self._sharpened, self.states[rows]).to(places), (1, 0)
+            )
         # A copy: what the softmax gave is needed for its gradient, and the ends are forbidden in place.
-        return as_drawn(places.clone(), self.no_end, Softmax(1.0, (STOP,))).log_softmax(-1)
+        return as_drawn(places.clone(), self.no_end[rows], Softmax(1.0, (STOP,))).log_softmax(-1)
 
     def _sharpened(self, states: Tensor) -> Tensor:
         """``log sum over tokens of p(token)**(1 / temperature)``: what a place weighs by its tokens, ``[n]``."""
@@ -93,11 +95,11 @@ class Fills(terms.Distribution):
         warm = logits_of(states, self.weight, self.bias, _all(states), self._softmax(1.0))
         return cold.logsumexp(-1) - warm.logsumexp(-1) / self.temperature
 
-    def _at_places(self, some: Any) -> Tensor:
-        """``some`` of the states of all places, in chunks that are computed again for the backward pass: ``[N, P]``."""
-        flat = self.states.reshape(-1, self.states.shape[-1])
+    def _at_places(self, some: Any, states: Tensor) -> Tensor:
+        """``some`` of the places' states, in chunks that are computed again for the backward pass: ``[n, P]``."""
+        flat = states.reshape(-1, states.shape[-1])
         parts = [checkpoint(some, flat[rows], use_reentrant=False) for rows in chunks(len(flat), len(self.weight))]
-        return torch.cat([*parts, flat.new_zeros(0)]).view(self.states.shape[:2])
+        return torch.cat([*parts, flat.new_zeros(0)]).view(states.shape[:2])
 
     def _of_tokens(self, states: Tensor) -> Tensor:
         softmax = self._softmax(self.temperature)

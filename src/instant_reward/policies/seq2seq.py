@@ -112,7 +112,14 @@ class Seq2SeqPolicy(Policy):
 
     def load_beside(self, name: str, what: str) -> Any:
         """See ``Learning``."""
-        return load_beside(name, self.compute, str(self.device), self.tokenizer, what, seq2seq=True)
+        model = load_beside(name, self.compute, str(self.device), self.tokenizer, what, seq2seq=True)
+        starts = start_ids(model)
+        if starts != self.starts:
+            raise UserError(
+                f"{what}: {name} begins its texts with the tokens {starts} and the policy with {self.starts}, so it "
+                "cannot read the policy's; use another"
+            )
+        return model
 
     def head(self, model: Any, batch: Batch, read: Batch | None = None) -> terms.Head:
         """See ``Learning``."""
