@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,9 +15,10 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from instant_reward.policies.decisions import DecisionPolicy
-from instant_reward.policies.extractive import ExtractivePolicy
-from instant_reward.policies.masked import MaskedPolicy
+from instant_reward.policies.extractive import ExtractivePolicy, new_extractive
+from instant_reward.policies.masked import MaskedPolicy, add_order, masked_with_lora
 from instant_reward.policies.sentences import SentencesConfig, SentencesModel
+from instant_reward.policies.tokens import train_tokenizer
 from instant_reward.types import Prompt, Rollout
 
 torch.set_num_threads(1)
@@ -36,6 +39,28 @@ def tiny_extractive(dtype: torch.dtype = torch.float64, seed: int = 0, **changes
     return ExtractivePolicy(model, dtype)
 
 
+def encoder_folder(path: Path) -> Path:
+    """A folder with an encoder that reads characters, as masked models have it."""
+    tokenizer = train_tokenizer(DOCUMENTS, "character", minimum=1, form="encoder")
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=40, initializer_range=0.3, **sizes)
+    BertForMaskedLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def tiny_reading(dtype: torch.dtype = torch.float64, frozen: bool = False) -> ExtractivePolicy:
+    """A policy that chooses sentences, which such an encoder reads."""
+    with TemporaryDirectory() as folder:
+        values = {"encoder": str(encoder_folder(Path(folder))), "frozen": frozen, "max_words": 30, "max_sentences": 6}
+        policy = new_extractive({**values, "hidden_size": 16, "layers": 1, "heads": 2}, 0, dtype, "cpu")
+    torch.manual_seed(3)
+    for head in (policy.model.choose, policy.model.stop):  # which a new model has at 0
+        torch.nn.init.normal_(head.weight, std=0.25)
+    return policy
+
+
 @cache
 def blank_tokenizer() -> PreTrainedTokenizerFast:
     """Three words and BERT's special tokens."""
@@ -49,8 +74,13 @@ def blank_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
-def tiny_masked(dtype: torch.dtype = torch.float64, edits: bool = False, seed: int = 0) -> MaskedPolicy:
-    """A BERT that fills masks, its layer for the places not at 0; its head knows two tokens that no text has."""
+def tiny_masked(
+    dtype: torch.dtype = torch.float64, edits: bool = False, seed: int = 0, lora: dict[str, Any] | None = None
+) -> MaskedPolicy:
+    """A BERT that fills masks, its layer for the places not at 0; its head knows two tokens that no text has.
+
+    With an adapter, one that does something.
+    """
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=len(WORDS) + 2,
@@ -62,9 +92,14 @@ def tiny_masked(dtype: torch.dtype = torch.float64, edits: bool = False, seed: i
         initializer_range=0.5,
         pad_token_id=0,
     )
-    policy = MaskedPolicy(BertForMaskedLM(config).to(dtype), blank_tokenizer(), dtype, edits=edits)
-    torch.nn.init.normal_(policy.model.order.weight, std=0.2)
-    return policy
+    model: Any = BertForMaskedLM(config).to(dtype)
+    add_order(model)
+    torch.nn.init.normal_(model.order.weight, std=0.2)
+    adapter = None if lora is None else masked_with_lora(model, lora)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:  # which a new adapter has at 0
+            torch.nn.init.normal_(weight, std=0.3)
+    return MaskedPolicy(model, blank_tokenizer(), dtype, adapter, edits=edits)
 
 
 def every_text(policy: DecisionPolicy, prompt: Prompt, longest: int) -> list[list[int]]:

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from instant_reward.batch import Batch
 from instant_reward.policies import terms
-from instant_reward.policies.classifier import ClassifierPolicy
+from instant_reward.policies.classifier import ClassifierPolicy, classifier_with_lora
 from instant_reward.policies.decisions import PLAIN, DecisionPolicy, Steps, decided
 from instant_reward.policies.head import Softmax
 from instant_reward.types import Prompt
@@ -62,9 +62,18 @@ def tiny_bert(dtype: torch.dtype = torch.float64, labels: Sequence[str] = LABELS
     return BertForSequenceClassification(BertConfig(**(fields | changes))).to(dtype)
 
 
-def tiny_classifier(dtype: torch.dtype = torch.float64, **changes: Any) -> ClassifierPolicy:
-    """The same weights each time, in a model of its own."""
-    return ClassifierPolicy(tiny_bert(dtype, **changes), word_tokenizer(), dtype)
+def tiny_classifier(
+    dtype: torch.dtype = torch.float64, lora: dict[str, Any] | None = None, **changes: Any
+) -> ClassifierPolicy:
+    """The same weights each time, in a model of its own; with an adapter, one that does something."""
+    model = tiny_bert(dtype, **changes)
+    if lora is None:
+        return ClassifierPolicy(model, word_tokenizer(), dtype)
+    adapter = classifier_with_lora(model, lora)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:  # which a new adapter has at 0
+            nn.init.normal_(weight, std=0.3)
+    return ClassifierPolicy(model, word_tokenizer(), dtype, adapter)
 
 
 def classifier_folder(path: Path, **changes: Any) -> Path:

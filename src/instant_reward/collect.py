@@ -15,7 +15,7 @@ from instant_reward.algorithms import Algorithm
 from instant_reward.batch import collate
 from instant_reward.config import Config, DataConfig, LoggedConfig
 from instant_reward.credit import Source
-from instant_reward.data import Prompts, Row, label_of
+from instant_reward.data import Prompts, Row, text_in
 from instant_reward.data_files import read_items
 from instant_reward.policies.policy import Policy
 from instant_reward.policies.teacher import check_template
@@ -287,6 +287,10 @@ def check_source(config: Config, preset: Preset) -> None:
         )
     if config.data.too_long != "refuse" and preset.loss != "likelihood":
         raise UserError(f"data.too_long: {config.algorithm.name} judges whole texts; leave it out, or use likelihood")
+    if config.data.masks is not None and preset.loss != "likelihood":
+        raise UserError(
+            f"data.masks: {config.algorithm.name} learns nothing of them; use likelihood, or supervised.data"
+        )
     if config.sampling.guide and (preset.loss != "ilql" or config.algorithm.critic.model != "head"):
         raise UserError(
             "sampling.guide: it takes a critic of next tokens on the policy's own trunk; set algorithm.name to ilql "
@@ -440,11 +444,7 @@ def actions_for(prompt: Prompt, column: str, policy: Policy, option: str = "data
     Raises:
         UserError: there is no such column, or its text is empty.
     """
-    text = prompt.info.get(column)
-    if isinstance(text, int | float) and text == text:  # labels are often numbers; NaN is none
-        text = label_of(prompt.info, column)
-    if not isinstance(text, str) or not text:
-        raise UserError(f"{option}: {_place(prompt)} has no text in its column {column!r}; correct the row")
+    text = text_in(prompt, column, option)
     try:
         return policy.actions_of(text, prompt)
     except UserError as error:

@@ -14,6 +14,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from instant_reward.config_algorithm import AlgorithmConfig as AlgorithmConfig
+from instant_reward.config_data import LoggedConfig as LoggedConfig
+from instant_reward.config_data import MasksConfig as MasksConfig
 from instant_reward.config_problems import report, sentences
 from instant_reward.config_scratch import Labels
 from instant_reward.config_scratch import ScratchConfig as ScratchConfig
@@ -80,15 +82,6 @@ class ModelConfig(Section):
         return self.scratch is not None or bool(self.labels)
 
 
-class LoggedConfig(Section):
-    """Which columns of the data are a log of decisions: the ``action`` that was taken, what it earned (``reward``), and
-    with what chance it had been chosen (``propensity``)."""
-
-    action: Text = "action"
-    reward: Text = "reward"
-    propensity: Text = "propensity"
-
-
 class DataConfig(Section):
     """Where prompts come from: exactly one of ``path`` (a file), ``use`` (``module:function``, called with ``args``),
     ``prompts`` (texts, lists of messages, or mappings of columns) and ``rollouts`` (a run's ``samples.jsonl``: whole
@@ -100,6 +93,7 @@ class DataConfig(Section):
     Attributes:
         too_long: a text to learn from that the model cannot read at once is refused, cut off, or split into several
             (``model.max_context`` bounds it further).
+        masks: for a masked model: random tokens of these texts are masked, and what stood there is to be learned.
         columns: new names of columns, each with the file's own: ``{prompt: question}``; everything else here means the
             new names.
         encoding: of a text file, such as gb18030.
@@ -118,6 +112,7 @@ class DataConfig(Section):
     column: Text | Annotated[list[Text], Field(min_length=2, max_length=2)] | None = "prompt"
     completion: Text | None = None
     too_long: Literal["refuse", "cut", "split"] = "refuse"
+    masks: MasksConfig | None = None
     logged: LoggedConfig | None = None
     args: dict[str, Any] = {}
     limit: Count | None = None
@@ -173,6 +168,8 @@ class DataConfig(Section):
             raise ValueError("column is None, so there are no prompts; name the column of the texts by completion")
         if self.too_long != "refuse" and self.completion is None:
             raise ValueError("too_long is about whole texts; name their column by completion, or leave it out")
+        if self.masks is not None and (self.completion is None or self.column is not None):
+            raise ValueError("masks are put into whole texts: name their column by completion, and set column to null")
         return self
 
 

@@ -55,12 +55,14 @@ class ScratchConfig(Section):
     """A model with new weights.
 
     Attributes:
+        kind: "masked" for a model that fills masks; without it the type and the labels say what the model does.
         config: plain values of the Hugging Face config that ``model_type`` names. The vocabulary's size and the special
-            tokens' ids are the tokenizer's.
+            tokens' ids are the tokenizer's. Of a masked model, ``edits`` too.
         labels: of a classifier; a model that writes text has none.
         seed: draws the weights.
     """
 
+    kind: Literal["masked"] | None = None
     config: dict[str, Any]
     tokenizer: TokenizerConfig = TokenizerConfig()
     labels: Labels = []
@@ -72,3 +74,9 @@ class ScratchConfig(Section):
         if not isinstance(value.get("model_type"), str):
             raise ValueError("needs a model_type: a kind of model that transformers knows, such as gpt2 or llama")
         return value
+
+    @model_validator(mode="after")
+    def _no_labels(self) -> Self:
+        if self.kind is not None and self.labels:
+            raise ValueError("a masked model writes tokens and a classifier chooses labels; leave out kind or labels")
+        return self

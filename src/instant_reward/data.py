@@ -183,3 +183,19 @@ class Prompts(Generic[Item]):
             self._epoch, self._order = epoch, array("q", range(len(self.items)))
             random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
         return self.items[self._order[index]]
+
+
+def text_in(prompt: Prompt, column: str, option: str = "data.completion") -> str:
+    """The text in a prompt's column.
+
+    Raises:
+        UserError: there is no such column, or its text is empty.
+    """
+    text = prompt.info.get(column)
+    if isinstance(text, int | float) and text == text:  # labels are often numbers; NaN is none
+        text = label_of(prompt.info, column)
+    if not isinstance(text, str) or not text:
+        raise UserError(
+            f"{option}: {prompt.where or f'prompt {prompt.id}'} has no text in its column {column!r}; correct the row"
+        )
+    return text

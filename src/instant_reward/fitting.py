@@ -24,6 +24,7 @@ from instant_reward.collect import (
 )
 from instant_reward.config import Config, DataConfig
 from instant_reward.data import Prompts, check_labels
+from instant_reward.masking import MaskedTexts
 from instant_reward.policies.annotate import likeliest
 from instant_reward.policies.policy import Policy
 from instant_reward.rewards.base import Reward
@@ -142,12 +143,12 @@ class Texts:
     """A step's texts out of all, each a group of its own, rated by the rewards.
 
     Attributes:
-        rollouts: all texts; order: which of them a step gets.
+        rollouts: all texts; order: which of them a step gets. Where masks are drawn, each target is a rollout.
         streamed: whether the texts lie on disk.
         skipped, drawn: see ``collect.Sampled``; nothing is ever left out.
     """
 
-    rollouts: Sequence[Rollout]
+    rollouts: Sequence[Rollout] | MaskedTexts
     order: TokenBatches | Prompts[int]
     policy: Policy
     rewards: Sequence[Reward]
@@ -167,25 +168,31 @@ class Texts:
         """The texts of a step, rated."""
         del sampler  # the policy that is trained wrote none of them
         chosen = self.order.batch(step)
+        if isinstance(self.rollouts, MaskedTexts):
+            groups = [self.rollouts.group(number, step) for number in chosen]
+            self.drawn = [rollout for group in groups for rollout in group]
+            self._rate(self.drawn)
+            return groups
         self.drawn = [self._marked.get(number) or self.rollouts[number] for number in chosen]
-        if self.rewards:
-            self._rate(chosen)
-        return [[rollout] for rollout in self.drawn]
-
-    def _rate(self, chosen: Sequence[int]) -> None:
-        compared = any(one.takes == "pair" for one in self.rewards)
         # Texts that come again keep their marks, unless a reward looks at what changes in the meantime, or memory has
         # no room for all of them.
-        again = compared or bool(remembering(self.rewards)) or self.streamed
-        fresh = [rollout for number, rollout in zip(chosen, self.drawn, strict=True) if number not in self._marked]
-        some = list(self.drawn) if again else fresh
-        if not some:
-            return
-        if compared:
-            predict(some, self.policy, self.tokens_per_part)
-        replay_groups(self.rewards, some)
-        if not again:
+        again = self._compared or bool(remembering(self.rewards)) or self.streamed
+        new = [rollout for number, rollout in zip(chosen, self.drawn, strict=True) if number not in self._marked]
+        self._rate(self.drawn if again else new)
+        if not again and self.rewards:
             self._marked |= dict(zip(chosen, self.drawn, strict=True))
+        return [[rollout] for rollout in self.drawn]
+
+    @property
+    def _compared(self) -> bool:
+        return any(one.takes == "pair" for one in self.rewards)
+
+    def _rate(self, some: Sequence[Rollout]) -> None:
+        if not some or not self.rewards:
+            return
+        if self._compared:
+            predict(some, self.policy, self.tokens_per_part)
+        replay_groups(self.rewards, list(some))
 
 
 def predict(rollouts: Sequence[Rollout], policy: Policy, tokens_per_part: int) -> None:
@@ -205,7 +212,7 @@ def texts_to_fit(config: Config, rows: Sequence[Mapping[str, Any]], policy: Poli
     Args:
         rows: the data's; none where whole rollouts are given.
     """
-    rollouts: Sequence[Rollout]
+    rollouts: Sequence[Rollout] | MaskedTexts
     if config.data.rollouts is not None:
         recorded = recorded_groups(config.data.rollouts)
         check_recorded(recorded, policy, config.model.max_context)
@@ -222,18 +229,21 @@ def texts_to_fit(config: Config, rows: Sequence[Mapping[str, Any]], policy: Poli
     return Texts(rollouts, order, policy, rewards, config.train.tokens_per_part, config.data.stream)
 
 
-def ordered(rollouts: Sequence[Rollout], texts: int, tokens: int | None, seed: int) -> TokenBatches | Prompts[int]:
+def ordered(
+    rollouts: Sequence[Rollout] | MaskedTexts, texts: int, tokens: int | None, seed: int
+) -> TokenBatches | Prompts[int]:
     """Which texts each step gets: so many, or where ``tokens`` is given, those of about so many tokens."""
     if tokens is None:
         return Prompts(range(len(rollouts)), texts, seed)
-    lengths = rollouts.lengths if isinstance(rollouts, Written) else [len(one.token_ids) for one in rollouts]
-    return TokenBatches(lengths, tokens, seed)
+    if isinstance(rollouts, Written | MaskedTexts):
+        return TokenBatches(rollouts.lengths, tokens, seed)
+    return TokenBatches([len(one.token_ids) for one in rollouts], tokens, seed)
 
 
 def written(
     data: DataConfig, rows: Sequence[Mapping[str, Any]], policy: Policy, most: int | None = None, section: str = "data"
-) -> Written:
-    """The texts in the data's column ``completion``, each behind its prompt or the opening token.
+) -> Written | MaskedTexts:
+    """The texts in the data's column ``completion``, each behind its prompt or the opening token, or with masks.
 
     Args:
         section: where the config names this data, for messages.
@@ -247,6 +257,8 @@ def written(
         )
     room = min(policy.context, most or policy.context)
     try:
+        if data.masks is not None:
+            return MaskedTexts(rows, data, policy, room)
         return Written(prompts_of(data, rows, policy, 0, most), data, policy, room)
     except UserError as error:
         if section == "data":
@@ -282,26 +294,29 @@ class HeldOutTexts:
 
         Returns:
             ``nll`` in nats per target (the end token is one), ``perplexity``, ``bits_per_character`` (of all the
-            characters, the end tokens' bits included), ``accuracy`` (the share of targets that the policy finds
-            likeliest; where a text is one label, that of the labels).
+            characters, the end tokens' bits included; not of masks, which are parts of texts), ``accuracy`` (the share
+            of targets that the policy finds likeliest; where a text is one label, that of the labels). Of masks it is
+            the tokens that count, each given its place.
         """
         total, right, count, characters = 0.0, 0, 0, 0
         order = sorted(range(len(self.texts)), key=lambda number: self.texts.lengths[number])
         for start in range(0, len(order), 64):
-            some = [replace(self.texts[number], group=number) for number in order[start : start + 64]]
+            some = [replace(one, group=number) for number in order[start : start + 64] for one in self._group(number)]
             batch: Batch = collate(some, pad_id=policy.pad_id)
             guesses, logprobs = likeliest(policy, batch, self.tokens_per_part)
-            total -= float(logprobs[batch.mask].double().sum())
+            # What was drawn and is no part of the text, as a mask's place is, has its chance in the old ones; else 0.
+            total -= float((logprobs - batch.old_logprobs.double())[batch.mask].sum())
             right += int((guesses == batch.token_ids)[batch.mask].sum())
             count += batch.token_count
             characters += sum(len(one.text) for one in some)
         nll = total / count
-        return {
-            "nll": nll,
-            "perplexity": math.exp(min(nll, 700.0)),
-            "bits_per_character": total / math.log(2.0) / max(1, characters),
-            "accuracy": right / count,
-        }
+        found = {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}
+        if not isinstance(self.texts, MaskedTexts):
+            found["bits_per_character"] = total / math.log(2.0) / max(1, characters)
+        return {**found, "accuracy": right / count}
+
+    def _group(self, number: int) -> Group:
+        return self.texts.group(number) if isinstance(self.texts, MaskedTexts) else [self.texts[number]]
 
 
 def held_out_texts(config: Config, rows: Sequence[Mapping[str, Any]], policy: Policy) -> HeldOutTexts | None:

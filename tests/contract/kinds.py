@@ -127,17 +127,17 @@ def few_choices(make: Callable[[], Policy], text: str) -> tuple[Policy, Prompt]:
     return policy, policy.prompts([{"prompt": text}], "prompt", 3)[0]
 
 
-def chooser(dtype: torch.dtype) -> Policy:
+def chooser(dtype: torch.dtype, make: Callable[[torch.dtype], Policy] = choosing.tiny_extractive) -> Policy:
     """A policy that chooses sentences, not too ready to stop."""
-    policy = choosing.tiny_extractive(dtype)
+    policy = make(dtype)
     with torch.no_grad():
         policy.model.stop.bias.fill_(-1.0)
     return policy
 
 
-def editor(dtype: torch.dtype) -> Policy:
+def editor(dtype: torch.dtype, lora: dict[str, Any] | None = None) -> Policy:
     """A masked model that edits, not too ready to stop."""
-    policy = choosing.tiny_masked(dtype, edits=True)
+    policy = choosing.tiny_masked(dtype, edits=True, lora=lora)
     with torch.no_grad():
         policy.model.order.bias[1] = -1.0
     return policy
@@ -163,9 +163,9 @@ def by_labels(policy: Policy, rollouts: Sequence[Rollout]) -> Tensor:
     return torch.stack(found)
 
 
-def one_text() -> tuple[Policy, Prompt]:
+def one_text(make: Callable[[torch.dtype], Policy] = tiny_classifier) -> tuple[Policy, Prompt]:
     """A classifier, and a text for it."""
-    policy = tiny_classifier()
+    policy = make(torch.float64)
     return policy, policy.prompts([{"prompt": "the film was great"}], "prompt", 1)[0]
 
 
@@ -254,6 +254,57 @@ def seq2seq(shape: str) -> Kind:
     )
 
 
+def classifier(name: str, make: Callable[[torch.dtype], Policy], **sections: Any) -> Kind:
+    """The entry of a classifier; ``sections`` join those of its runs."""
+    return Kind(
+        name,
+        make,
+        partial(one_text, make),
+        by_labels,
+        longest=1,
+        rows=(
+            {"prompt": "the film was great", "label": "good"},
+            {"prompt": "slow", "label": "bad"},
+            {"prompt": ["a film", "not a joy"], "label": "bad"},
+        ),
+        sample={"max_new_tokens": 10, "rows": 5},
+        sections={"sampling": {"max_new_tokens": 1}, **sections},
+        reward=right,
+        level=0.9,
+    )
+
+
+def extractive(name: str, make: Callable[..., Policy]) -> Kind:
+    """The entry of a policy that chooses sentences."""
+    return Kind(
+        name,
+        partial(chooser, make=make),
+        partial(few_choices, make, choosing.DOCUMENTS[0]),
+        choosing.chances,
+        rows=tuple({"prompt": text} for text in (*choosing.DOCUMENTS[:2], "A b. C d. E f. G h. I j.")),
+        sample={"max_new_tokens": 5, "rows": 5},
+        sections={"sampling": {"max_new_tokens": 3}},
+        reward=second_first,
+        level=0.8,
+    )
+
+
+def masked(name: str, lora: dict[str, Any] | None, **sections: Any) -> Kind:
+    """The entry of a masked model; ``sections`` join those of its runs."""
+    return Kind(
+        name,
+        partial(editor, lora=lora),
+        partial(few_choices, partial(choosing.tiny_masked, lora=lora), choosing.BLANKS[0]),
+        choosing.chances,
+        rows=tuple({"prompt": text} for text in choosing.BLANKS),
+        sample={"max_new_tokens": 6, "rows": 5},
+        sections={"sampling": {"max_new_tokens": 3}, "train": {"learning_rate": 3e-3}, **sections},
+        reward=begins_with_c,
+        level=0.5,
+    )
+
+
+LORA = {"rank": 2, "alpha": 4}
 SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.5}
 CELLS = {"hidden_size": 8, "cell_size": 6, "num_hidden_layers": 2, "initializer_range": 0.9}
 KINDS = [
@@ -280,42 +331,11 @@ KINDS = [
     seq2seq("t5"),
     seq2seq("bart"),
     seq2seq("berts"),
-    Kind(
-        "classifier",
-        tiny_classifier,
-        one_text,
-        by_labels,
-        longest=1,
-        rows=(
-            {"prompt": "the film was great", "label": "good"},
-            {"prompt": "slow", "label": "bad"},
-            {"prompt": ["a film", "not a joy"], "label": "bad"},
-        ),
-        sample={"max_new_tokens": 10, "rows": 5},
-        sections={"sampling": {"max_new_tokens": 1}},
-        reward=right,
-        level=0.9,
-    ),
-    Kind(
-        "extractive",
-        chooser,
-        partial(few_choices, choosing.tiny_extractive, choosing.DOCUMENTS[0]),
-        choosing.chances,
-        rows=tuple({"prompt": text} for text in (*choosing.DOCUMENTS[:2], "A b. C d. E f. G h. I j.")),
-        sample={"max_new_tokens": 5, "rows": 5},
-        sections={"sampling": {"max_new_tokens": 3}},
-        reward=second_first,
-        level=0.8,
-    ),
-    Kind(
-        "masked",
-        editor,
-        partial(few_choices, choosing.tiny_masked, choosing.BLANKS[0]),
-        choosing.chances,
-        rows=tuple({"prompt": text} for text in choosing.BLANKS),
-        sample={"max_new_tokens": 6, "rows": 5},
-        sections={"sampling": {"max_new_tokens": 3}, "train": {"learning_rate": 3e-3}},
-        reward=begins_with_c,
-        level=0.5,
-    ),
+    classifier("classifier", tiny_classifier),
+    classifier("classifier with an adapter", partial(tiny_classifier, lora=LORA), model={"lora": LORA}),
+    extractive("extractive", choosing.tiny_extractive),
+    extractive("extractive by an encoder", choosing.tiny_reading),
+    extractive("extractive by a frozen encoder", partial(choosing.tiny_reading, frozen=True)),
+    masked("masked", None),
+    masked("masked with an adapter", LORA, model={"lora": LORA}),
 ]

@@ -43,6 +43,11 @@ def read(policy: Policy, batch: Batch) -> Tensor:
         return policy(batch).logprobs.double()
 
 
+def trained(policy: Policy) -> list[Tensor]:
+    """The weights that learn: all, or an adapter's and those beside it."""
+    return [one for one in policy.model.parameters() if one.requires_grad]
+
+
 @every_dtype
 @every_kind
 def test_what_was_sampled_has_the_chance_it_was_sampled_with(kind: Kind, dtype: torch.dtype) -> None:
@@ -65,11 +70,12 @@ def test_forbidden_ends_are_left_out_of_the_gradient_too(kind: Kind) -> None:
     policy = kind.policy(torch.float64)
     batch = batch_of(policy, sampled(kind, policy, temperature=1.0, min_new_tokens=2))
     policy.needs = Needs(entropy=True)
-    weights = [one for one in policy.model.parameters() if one.requires_grad]
+    weights = trained(policy)
     generator = torch.Generator().manual_seed(0)
     ways = [torch.randn(one.shape, generator=generator, dtype=one.dtype) for one in weights]
     for table in (one for one in policy.model.modules() if isinstance(one, torch.nn.Embedding)):
-        if table.padding_idx is not None:  # which torch gives no gradient, also where a text has this token
+        # To which torch gives no gradient, also where a text has this token.
+        if table.padding_idx is not None and table.weight.requires_grad:
             ways[next(k for k, one in enumerate(weights) if one is table.weight)][table.padding_idx] = 0
 
     def both() -> Tensor:
@@ -103,9 +109,7 @@ def test_nothing_counts_outside_the_mask(kind: Kind) -> None:
     output = policy(replace(batch, mask=some)).logprobs
     assert torch.equal(output.detach() != 0, some)
     assert torch.allclose(output.detach()[some].double(), whole[some], atol=1e-12, rtol=0)
-    gradients = torch.autograd.grad(
-        (output * ~some).sum(), list(policy.model.parameters()), allow_unused=True, retain_graph=True
-    )
+    gradients = torch.autograd.grad((output * ~some).sum(), trained(policy), allow_unused=True, retain_graph=True)
     assert all(one is None or not one.any() for one in gradients)
 
 
@@ -140,8 +144,9 @@ def test_saved_and_loaded_it_says_the_same(kind: Kind, dtype: torch.dtype, tmp_p
     policy.save(tmp_path / "policy")
     again = ir.load_policy(str(tmp_path / "policy"), dtype=str(dtype).removeprefix("torch."))
     assert type(again) is type(policy)
-    # transformers' own norms compute in float32, also in a float64 model.
-    near = 1e-5 if kind.name in ("llama", "t5") else 1e-12
+    # transformers' own norms compute in float32, also in a float64 model; what is saved has an adapter added in.
+    rounded = dtype == torch.float32 and "adapter" in kind.name
+    near = 1e-5 if rounded or kind.name in ("llama", "t5") else 1e-12
     assert torch.allclose(read(again, batch), read(policy, batch), atol=near, rtol=0)
     texts = [[one.text for one in sampled(kind, which)] for which in (policy, again)]
     assert texts[0] == texts[1]
@@ -225,7 +230,7 @@ def test_the_step_is_the_exact_gradient(kind: Kind) -> None:
     chances = kind.chances(policy, rollouts)
     assert float(chances.detach().sum()) == pytest.approx(1.0, abs=1e-10)
     worth = torch.tensor([rollout.total() for rollout in rollouts], dtype=torch.float64)
-    weights = list(policy.model.parameters())
+    weights = trained(policy)
     wanted = torch.autograd.grad((chances * worth).sum(), weights, allow_unused=True)
     algorithm = algorithms.build(AlgorithmConfig(name="reinforce", baseline="none"), [final], kind.longest)
     batch = algorithm.credit(collate(rollouts, algorithm.sources, policy.pad_id, dtype=torch.float64))
@@ -247,7 +252,7 @@ def test_any_split_takes_the_same_step(kind: Kind) -> None:
     bare = batch_of(policy, sampled(kind, policy))
     generator = torch.Generator().manual_seed(0)
     batch = replace(bare, advantages=torch.randn(bare.mask.shape, generator=generator, dtype=torch.float64))
-    weights = list(policy.model.parameters())
+    weights = trained(policy)
 
     def gradient(parts: list[Batch]) -> Tensor:
         losses = [policy_gradient(policy(part).logprobs, part).loss for part in parts]

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    DistilBertModel,
     GPT2Config,
     GPT2ForSequenceClassification,
     RobertaConfig,
@@ -26,7 +27,9 @@ from instant_reward import assemble
 from instant_reward.batch import collate
 from instant_reward.config import Config
 from instant_reward.policies.classifier import ClassifierPolicy
-from instant_reward.types import UserError
+from instant_reward.policies.optimizer import Optimization
+from instant_reward.types import Needs, UserError
+from what_counts import plain
 
 ROWS = [
     {"prompt": "the film was great", "label": "good"},
@@ -304,6 +307,76 @@ def test_recorded_decisions_come_back(folder: Path, tmp_path: Path) -> None:
     assert "effective_sample_size" in done.metrics[0]
 
 
-def test_a_classifier_takes_no_adapter(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.lora"):
-        ir.load_policy(str(folder), lora={"rank": 4})
+def test_an_adapter_learns_beside_the_output_layer_and_nothing_else_does(folder: Path, tmp_path: Path) -> None:
+    lora = {"rank": 2, "alpha": 4}
+    options: dict[str, Any] = {"model": {"lora": lora}, "algorithm": {"name": "ppo", "kl": 0.1}}
+    done = run(folder, tmp_path / "run", **options)
+    before = dict(ir.load_policy(str(folder), lora=lora).model.named_parameters())
+    learned = {name for name, one in done.policy.model.named_parameters() if one.requires_grad}
+    for name, weight in done.policy.model.named_parameters():
+        assert torch.equal(weight, before[name]) != (name in learned) or "lora_A" in name, name
+    assert {name for name in learned if "lora_" not in name} == {"classifier.weight", "classifier.bias"}
+    assert any("lora_" in name for name in learned)
+    assert abs(done.metrics[0]["kl"]) < 1e-6
+    assert abs(done.metrics[-1]["kl"]) > 1e-4
+    merged = ir.load_policy(str(done.policy.save(tmp_path / "merged")))
+    assert isinstance(merged, ClassifierPolicy)
+    assert not any("lora_" in name for name, _ in merged.model.named_parameters())
+    ids = merged.prompts([{"prompt": "the film was great"}], "prompt", 1)[0].context
+    asked = {"token_ids": [[2]], "mask": [[1]], "contexts": [ids]}
+    assert torch.allclose(merged.logprobs(**asked), done.policy.logprobs(**asked), atol=1e-5)
+    assert not torch.allclose(merged.logprobs(**asked), ir.load_policy(str(folder)).logprobs(**asked), atol=1e-3)
+
+
+def test_of_an_adapter_the_reference_is_the_model_as_it_began(folder: Path) -> None:
+    """The adapter is switched off, and the output layer is what it was; once it is reset, both are as they are then."""
+    policy = ir.load_policy(str(folder), "float64", lora={"rank": 2})
+    base = ir.load_policy(str(folder), "float64")
+    policy.prepare(Optimization(learning_rate=1e-2, steps=9), Needs(reference=True))
+    batch = collate(policy.sample(["the film was great", "slow"], per_prompt=3), dtype=torch.float64)
+
+    def steps() -> None:
+        for _ in range(3):
+            policy.backward(-policy(batch).logprobs.sum())
+            policy.step()
+
+    steps()
+    expected = base(batch).logprobs.detach()
+    found = policy.annotate(batch).ref_logprobs
+    assert policy.reference is None, "the base is there already: no copy of it"
+    assert found is not None
+    assert torch.allclose(found, expected, atol=1e-12)
+    now = policy(batch).logprobs.detach()
+    assert float((now - expected).abs().max()) > 1e-3
+    policy.reset_reference()
+    steps()
+    found = policy.annotate(batch).ref_logprobs
+    assert found is not None
+    assert torch.allclose(found, now, atol=1e-12)
+    assert float((policy(batch).logprobs.detach() - now).abs().max()) > 1e-3
+
+
+def test_new_labels_take_an_adapter_and_a_resumed_run_is_the_unbroken_one(tmp_path: Path) -> None:
+    """What is drawn for them is kept with the run; it is trained in full, as all that lies behind the encoder."""
+    torch.manual_seed(1)
+    sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16, "max_position_embeddings": 16}
+    folder = tmp_path / "encoder"
+    DistilBertModel(DistilBertConfig(vocab_size=14, **sizes)).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    model = {"name": str(folder), "labels": ["bad", "good"], "lora": {"rank": 2}}
+    options: dict[str, Any] = {"model": model, "algorithm": {"name": "rloo", "kl": 0.01}}
+    whole = run(folder, tmp_path / "whole", 6, **options)
+    learned = {name for name, one in whole.policy.model.named_parameters() if one.requires_grad and "lora" not in name}
+    assert learned == {f"{name}.{what}" for name in ("pre_classifier", "classifier") for what in ("weight", "bias")}
+    run(folder, tmp_path / "half", 3, **options)
+    resumed = run(folder, tmp_path / "half", 6, resume=True, **options)
+    assert plain(resumed.metrics) == plain(whole.metrics)
+    for name, one in whole.policy.model.named_parameters():
+        if one.requires_grad:
+            assert torch.equal(one, dict(resumed.policy.model.named_parameters())[name]), name
+
+
+@pytest.mark.parametrize("targets", ["classifier", ["nothing"]])
+def test_an_adapter_that_would_fit_nothing_is_refused(folder: Path, targets: Any) -> None:
+    with pytest.raises(UserError, match=r"model\.lora\.targets: .* fits no layer"):
+        ir.load_policy(str(folder), lora={"rank": 2, "targets": targets})

@@ -15,8 +15,8 @@ SOURCE = Path(__file__).parents[2] / "src" / "instant_reward"
 LAYERS = [
     ["_callable", "types"],
     [
-        "cache", "config_scratch", "config_section", "config_split", "config_weight", "data_files", "data_rows",
-        "fetch", "imports", "models", "notice", "records", "reviews", "stored", "text",
+        "cache", "config_data", "config_scratch", "config_section", "config_split", "config_weight", "data_files",
+        "data_rows", "fetch", "imports", "models", "notice", "records", "reviews", "stored", "text",
     ],
     ["batch", "credit", "importance", "losses", "rewards"],
     [
@@ -24,7 +24,7 @@ LAYERS = [
         "crediting", "data", "objective", "policies", "presets",
         "progress", "run", "run_files", "sampling", "screen", "weights", "yaml_values",
     ],
-    ["beside", "collect", "fitting", "start", "supervised", "train", "watching"],
+    ["beside", "collect", "fitting", "masking", "start", "supervised", "train", "watching"],
     ["__main__", "cli", "evaluate", "studio"],
 ]  # fmt: skip
 LAYER = {name: index for index, names in enumerate(LAYERS) for name in names}
@@ -32,7 +32,7 @@ LAYER = {name: index for index, names in enumerate(LAYERS) for name in names}
 # Who may import torch or transformers when imported; everyone else does so inside functions, if at all.
 WITH_TORCH = {
     "algorithms", "batch", "beside", "checks", "collect", "credit", "crediting", "fitting", "importance", "losses",
-    "objective", "policies", "progress", "sampling", "start", "train", "weights",
+    "masking", "objective", "policies", "progress", "sampling", "start", "train", "weights",
 }  # fmt: skip
 
 

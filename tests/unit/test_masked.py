@@ -164,11 +164,34 @@ def test_texts_that_are_given_are_written_from_left_to_right() -> None:
             policy.actions_of(text, prompt)
 
 
-def test_a_tokenizer_without_a_mask_and_an_adapter_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [True, False])
+def test_an_adapter_learns_beside_the_layer_for_the_places(tmp_path: Path, own: bool) -> None:
+    policy = tiny_masked(torch.float32)
+    model = policy.model if own else BertForMaskedLM(policy.model.config)
+    model.save_pretrained(tmp_path / "model")
+    blank_tokenizer().save_pretrained(tmp_path / "model")
+    adapted = ir.load_policy(str(tmp_path / "model"), lora={"rank": 2})
+    learned = {name for name, one in adapted.model.named_parameters() if one.requires_grad}
+    assert {name for name in learned if "lora_" not in name} == {"order.weight", "order.bias"}
+    assert "bert.encoder.layer.0.attention.self.query.lora_A.default.weight" in learned
+    assert not any("decoder" in name for name in learned)
+    assert adapted.model.order.weight.any() == own
+    with torch.no_grad():
+        for name, one in adapted.model.named_parameters():
+            one.add_(0.1 * ("lora_B" in name))  # which a new adapter has at 0
+    merged = ir.load_policy(str(adapted.save(tmp_path / "merged")))
+    asked: dict[str, Any] = {"token_ids": [[7]], "mask": [[1]], "contexts": [[1, 3, 6, 3, 2]]}
+    assert torch.allclose(merged.logprobs(**asked), adapted.logprobs(**asked), atol=1e-5)
+    base = ir.load_policy(str(tmp_path / "model"))
+    assert not torch.allclose(merged.logprobs(**asked), base.logprobs(**asked), atol=1e-4)
+    assert not any("lora_" in name for name, _ in merged.model.named_parameters())
+    assert torch.equal(merged.model.order.weight, adapted.model.order.weight)
+    with pytest.raises(UserError, match=r"model\.lora\.targets: an adapter on the output head"):
+        ir.load_policy(str(tmp_path / "model"), lora={"rank": 2, "targets": ["decoder", "query"]})
+
+
+def test_a_tokenizer_without_a_mask_is_refused() -> None:
     policy = tiny_masked()
-    policy.save(tmp_path)
-    with pytest.raises(UserError, match="adapter"):
-        ir.load_policy(str(tmp_path), lora={"rank": 2})
     tokenizer = blank_tokenizer()
     bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, pad_token="[PAD]")
     with pytest.raises(UserError, match="no string ends it"):
@@ -228,7 +251,8 @@ def test_a_table_of_some_actions_reads_their_places_alone(monkeypatch: pytest.Mo
     once = sum(read)
     parts = torch.cat([head.logits(slice(row, row + 1)) for row in range(len(head.hidden))])
     assert torch.allclose(parts, whole, atol=1e-12)
-    assert sum(read) == 2 * once
+    assert once <= head.states.shape[0] * head.states.shape[1]
+    assert read[-len(head.hidden) :] == [head.states.shape[1]] * len(head.hidden)
 
 
 def test_a_text_counts_once_for_each_of_its_fills_in_a_part() -> None:

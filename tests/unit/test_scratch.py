@@ -15,6 +15,7 @@ import instant_reward as ir
 from instant_reward.cli import main
 from instant_reward.config import Config
 from instant_reward.config_scratch import ScratchConfig
+from instant_reward.policies.masked import MaskedPolicy
 from instant_reward.policies.scratch import CLASSES, build_model
 from instant_reward.policies.seq2seq import Seq2SeqPolicy
 from instant_reward.start import load_run_policy, start_policy
@@ -112,6 +113,9 @@ def test_a_tokenizer_from_a_folder(tmp_path: Path) -> None:
         ({"model_type": "gpt2", "n_embd": "x"}, {}, "causal", r"these values make no gpt2 config \(.*n_embd.*expected"),
         (GPT2 | {"hidden_size": 15}, {}, "causal", r"no gpt2 model can be built .*divisible"),
         ({"model_type": "qwen2", **SMALL}, {"kind": "bpe"}, "causal", r"qwen2 model of these values does not run"),
+        (GPT2, {}, "masked", r"gpt2 has no model of the kind masked"),
+        (BERT | {"edits": 1}, {}, "masked", r"config\.edits: 1 must be true or false"),
+        (BERT | {"edits": True}, {}, "causal", r"config\.edits: the config of bert has no such key"),
         (T5, {}, "causal", r"t5 has no model of the kind causal"),
         (
             {"model_type": "qwen2", "num_key_value_heads": 1, **SMALL},
@@ -242,6 +246,28 @@ def test_the_command_judges_it_before_and_after(tmp_path: Path, capsys: pytest.C
     assert main(["sample", str(tmp_path / "run"), "the movie", "--max-new-tokens", "4"]) == 0
 
 
+@pytest.mark.parametrize("edits", [False, True])
+@pytest.mark.parametrize("kind", ["wordpiece", "character"])
+def test_a_masked_model_begins_anew_too(kind: str, edits: bool, tmp_path: Path) -> None:
+    values = {"kind": "masked", "config": {**BERT, "edits": edits}, "tokenizer": {"kind": kind, "minimum": 1}}
+    data = {"prompts": ["the movie was <mask> and <mask>", "a <mask>"]}
+    config = run_config(tmp_path / "run", model={"scratch": values}, data=data)
+    run = ir.train(config, rewards=[length])
+    assert isinstance(run.policy, MaskedPolicy)
+    policy, _ = load_run_policy(tmp_path / "run")
+    assert isinstance(policy, MaskedPolicy)
+    assert policy.slots.edits == edits
+    assert torch.equal(policy.model.order.weight, run.policy.model.order.weight)
+    for name, weight in run.policy.model.state_dict().items():
+        assert torch.equal(weight, policy.model.state_dict()[name]), name
+    start = ir.load_policy(str(tmp_path / "run" / "start"))
+    assert isinstance(start, MaskedPolicy)
+    assert not start.model.order.weight.any()
+    ids = policy.tokenizer("the movie was <mask> and")["input_ids"]
+    space = policy.tokenizer.convert_ids_to_tokens(ids)[ids.index(policy.slots.mask) - 1] == " "
+    assert space == (kind == "character"), "a space is part of the word behind it, and so of the mask in its place"
+
+
 def test_a_resumed_run_keeps_its_tokenizer_whatever_became_of_the_data(tmp_path: Path) -> None:
     file = tmp_path / "texts.txt"
     file.write_text("\n".join(TEXTS), encoding="utf-8")
@@ -282,6 +308,8 @@ def test_the_tokenizer_reads_prompts_messages_completions_or_what_is_named(tmp_p
         ({"scratch": {"config": GPT2, "tokenizer": "bpo"}}, r"model\.scratch\.tokenizer\.kind: .*not 'bpo'"),
         ({"scratch": {"config": GPT2, "tokenizer": {"folder": "a", "lower": True}}}, r"tokenizer: .*taken as it is"),
         ({"scratch": {"config": GPT2, "tokenizer": {"stop_words": ["a"]}}}, r"stop_words are left out by kind word"),
+        ({"scratch": {"config": BERT, "kind": "masked", "labels": ["a", "b"]}}, r"leave out kind or labels"),
+        ({"scratch": {"config": BERT, "kind": "maskd"}}, r"model\.scratch\.kind: "),
         ({"scratch": {"config": GPT2, "sed": 1}}, r"model\.scratch\.sed: .*did you mean seed\?"),
     ],
 )

@@ -82,7 +82,8 @@ def likeliest(policy: Learning, batch: Batch, tokens_per_part: int) -> tuple[Ten
             part = batch.select(rows)
             head = policy.head(policy.model, part)
             wide = part.token_ids.shape[1]
-            found[rows, :wide] = on_tokens(terms.likeliest(head), part.mask)
+            targets = part.token_ids[part.mask].to(head.hidden.device)
+            found[rows, :wide] = on_tokens(head.likeliest(targets), part.mask)
             logprobs[rows, :wide] = on_tokens(policy.token_logprobs(head, part).logprobs[part.mask], part.mask).double()
     return found, logprobs
 

@@ -14,7 +14,7 @@ from instant_reward.policies import terms
 from instant_reward.policies.decisions import PLAIN, DecisionPolicy, Steps, cell, check_company, decided
 from instant_reward.policies.head import Softmax
 from instant_reward.policies.kinds import kind_of
-from instant_reward.policies.load import Dtype, check_words, compute_dtype, load_model
+from instant_reward.policies.load import Dtype, check_words, compute_dtype, load_model, with_lora
 from instant_reward.types import Prompt, UserError
 
 AUTO = "AutoModelForSequenceClassification"
@@ -256,8 +256,6 @@ def load_classifier(
     seed: int = 0,
 ) -> ClassifierPolicy:
     """See ``kinds.load_policy``."""
-    if lora is not None:
-        raise UserError("model.lora: a classifier's output layer has to learn, so all of it is trained; leave lora out")
     if (kind_of(models.locate(name)) == "classifier") == bool(labels):
         wrong = "has labels of its own; leave out" if labels else "has no labels to choose from; name them by"
         raise UserError(f"the model {name} {wrong} labels (in a config, model.labels)")
@@ -269,4 +267,18 @@ def load_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # draws what the folder has no weights for
         model, tokenizer = load_model(name, compute, place, AUTO, **changed)
-    return ClassifierPolicy(model, tokenizer, compute, None, name)
+    adapter = None
+    if lora is not None:
+        adapter = classifier_with_lora(model, lora)
+    return ClassifierPolicy(model, tokenizer, compute, adapter, name)
+
+
+def classifier_with_lora(model: Any, options: Mapping[str, Any]) -> Any:
+    """The model in a peft wrapper that adapts its encoder; all of what lies behind that is trained.
+
+    Those layers score the labels, and are new where the labels are.
+    """
+    encoder = f"{model.base_model_prefix}."
+    linear = [name for name, one in model.named_modules() if isinstance(one, nn.Linear)]
+    behind = [name for name in linear if not name.startswith(encoder)]
+    return with_lora(model, task=None, whole=behind, **options)

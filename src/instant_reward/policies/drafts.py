@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from random import Random
 from typing import Any
 
 from instant_reward.types import Prompt, UserError
@@ -78,6 +80,36 @@ class Slots:
         changed = [(k, target[i]) for k, i in enumerate(places) if not self.edits or target[i] != ids[i]]
         actions = [self.action(k, token) for k, token in changed]
         return [*actions, STOP] if self.edits else actions
+
+    def windows(self, text: str, where: str, room: int, too_long: str = "refuse") -> list[list[int]]:
+        """The tokens of a text; in several parts where it is longer than ``room`` and is to be split.
+
+        Args:
+            too_long: "refuse", "cut" or "split".
+
+        Raises:
+            UserError: it is too long, or none of its tokens is ever written.
+        """
+        cut = {"truncation": True, "max_length": room, "return_overflowing_tokens": too_long == "split"}
+        found = self.tokenizer(text, **({} if too_long == "refuse" else cut))["input_ids"]
+        parts = [list(ids) for ids in (found if too_long == "split" else [found])]
+        if len(parts[0]) > room:
+            raise UserError(
+                f"{where} has a text of {len(parts[0])} tokens, and the model reads {room}: shorten it, or set "
+                "data.too_long to cut or split"
+            )
+        kept = [ids for ids in parts if any(one not in self.forbidden for one in ids)]
+        if not kept:
+            raise UserError(f"{where} has a text without a token that is ever written: leave that row out.")
+        return kept
+
+    def blanked(self, ids: Sequence[int], share: float, dice: Random) -> tuple[list[int], list[int]]:
+        """A text with this share of its tokens masked, rounded up, and the actions that write what stood there."""
+        known = [i for i, one in enumerate(ids) if one not in self.forbidden]
+        chosen = set(dice.sample(known, max(1, math.ceil(share * len(known) - 1e-9))))
+        masked = [self.mask if i in chosen else one for i, one in enumerate(ids)]
+        places = enumerate(self.places(masked))
+        return masked, [self.action(place, ids[i]) for place, i in places if i in chosen]
 
 
 class Draft:

@@ -27,7 +27,8 @@ from instant_reward.text import Decoder, Pieces
 from instant_reward.types import Prompt, UserError
 
 STOP = 0
-READING = ("buckets", "max_words", "max_sentences")  # what two models must share to read the same
+READING = ("buckets", "max_words", "max_sentences", "reader")  # what two models must share to read the same
+UNKNOWN = "model.scratch.config"
 Read = tuple[Tensor, Tensor]  # what ``SentenceEncoder.read`` makes of documents
 
 
@@ -55,13 +56,16 @@ class ExtractivePolicy(DecisionPolicy):
     Args:
         model: a ``SentencesModel``.
         compute: the dtype of the matrix products.
+        tokenizer: of the encoder of tokens that reads the sentences, where there is one.
     """
 
     same_actions = False
     end_ids = (STOP,)
 
-    def __init__(self, model: Any, compute: torch.dtype = torch.float32, name: str = "") -> None:
-        super().__init__(model, None, compute, None, name)
+    def __init__(self, model: Any, compute: torch.dtype = torch.float32, name: str = "", tokenizer: Any = None) -> None:
+        if tokenizer is not None:
+            model.encoder.sentences.model.requires_grad_(not model.config.frozen)
+        super().__init__(model, tokenizer, compute, None, name)
 
     @property
     def context(self) -> int:
@@ -78,8 +82,11 @@ class ExtractivePolicy(DecisionPolicy):
 
     def load_beside(self, name: str, what: str) -> Any:
         """See ``Learning``: another model that reads sentences as this one does."""
-        model = _load(name, self.compute).to(self.device)
+        model, tokenizer = _load(name, self.compute)
+        model = model.to(self.device)
         differing = [key for key in READING if getattr(model.config, key) != getattr(self.model.config, key)]
+        if tokenizer is not None and not differing and tokenizer.get_vocab() != self.tokenizer.get_vocab():
+            differing = ["tokenizer"]
         if differing:
             raise UserError(
                 f"{what}: {name} has another {differing[0]} than the policy, so it reads other words; use another"
@@ -136,8 +143,15 @@ class ExtractivePolicy(DecisionPolicy):
                 "make a model with more max_sentences."
             )
         info = {key: value for key, value in row.items() if key not in (column, "id")}
-        context = [buckets_of(sentence, self.model.config) for sentence in sentences]
+        context = [self._units(sentence) for sentence in sentences]
         return Prompt(id=str(row.get("id", number)), text=text, token_ids=[], info=info, context=context)
+
+    def _units(self, sentence: str) -> list[int]:
+        """What the model reads of a sentence: its words' buckets, or its tokens."""
+        config = self.model.config
+        if self.tokenizer is None:
+            return buckets_of(sentence, config)
+        return list(self.tokenizer(sentence.strip(), truncation=True, max_length=config.max_words)["input_ids"])
 
     def actions_of(self, text: str, prompt: Prompt) -> list[int]:
         """See ``Policy``: the text's sentences in its order, each one of the document's.
@@ -180,18 +194,22 @@ def load_extractive(name: str, dtype: Dtype, lora: Mapping[str, Any] | None, pla
     if lora is not None:
         raise UserError("model.lora: a model that chooses sentences is small and trained whole; leave it out")
     compute = compute_dtype(dtype, place)
-    return ExtractivePolicy(_load(name, compute).to(place), compute, name)
+    model, tokenizer = _load(name, compute)
+    return ExtractivePolicy(model.to(place), compute, name, tokenizer)
 
 
-def _load(name: str, compute: torch.dtype) -> Any:
+def _load(name: str, compute: torch.dtype) -> tuple[Any, Any]:
+    """A model, and the tokenizer of its encoder of tokens where it has one."""
+    from transformers import AutoTokenizer
+
     folder = models.locate(name)
     model, found = read_folder(folder, SentencesModel.from_pretrained, dtype=master(compute), output_loading_info=True)
     check_found(folder, found, SentencesModel.__name__)
-    return model
+    return model, None if model.config.reader is None else read_folder(folder, AutoTokenizer.from_pretrained)
 
 
 def new_extractive(values: Mapping[str, Any], seed: int, compute: torch.dtype, place: str) -> ExtractivePolicy:
-    """A policy with new weights.
+    """A policy with new weights; those of a pretrained ``encoder`` are its folder's.
 
     Args:
         values: of its ``SentencesConfig``, and ``model_type``.
@@ -199,17 +217,60 @@ def new_extractive(values: Mapping[str, Any], seed: int, compute: torch.dtype, p
     Raises:
         UserError: where one is unknown or does not fit.
     """
-    known = [key for key in inspect.signature(SentencesConfig.__init__).parameters if key not in ("self", "rest")]
-    sizes = {key: value for key, value in values.items() if key != "model_type"}
-    for key, value in sizes.items():
-        if key not in known:
-            raise UserError(f"model.scratch.config.{key}: sentences has no such key; it has {', '.join(known)}")
-        if not isinstance(value, int) or value < (3 if key == "buckets" else 1):
-            raise UserError(f"model.scratch.config.{key}: {value!r} must be a number above 0 (buckets: above 2)")
+    sizes = {key: value for key, value in values.items() if key not in ("model_type", "encoder")}
+    _check_sizes(sizes, "encoder" in values)
+    encoder = tokenizer = None
+    if "encoder" in values:
+        encoder, tokenizer = _encoder(values["encoder"], compute)
+        sizes["reader"] = {key: one for key, one in encoder.config.to_diff_dict().items() if key != "dtype"}
     config = SentencesConfig(**sizes)
     if config.hidden_size % config.heads:
-        raise UserError("model.scratch.config.hidden_size: it must be a multiple of heads")
+        raise UserError(f"{UNKNOWN}.hidden_size: it must be a multiple of heads")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = SentencesModel(config)
-    return ExtractivePolicy(model.to(place, master(compute)), compute)
+    if encoder is not None:
+        limit = getattr(encoder.config, "max_position_embeddings", config.max_words)
+        if config.max_words > limit:
+            raise UserError(f"{UNKNOWN}.max_words: the encoder reads {limit} tokens; set it to {limit} or less")
+        reader, weights = model.encoder.sentences.model, encoder.state_dict()
+        reader.load_state_dict({key: weights[key] for key in reader.state_dict()})
+    return ExtractivePolicy(model.to(place, master(compute)), compute, tokenizer=tokenizer)
+
+
+def _check_sizes(sizes: Mapping[str, Any], reads_tokens: bool) -> None:
+    named = inspect.signature(SentencesConfig.__init__).parameters
+    known = [key for key in named if key not in ("self", "rest", "reader")]
+    for key, value in sizes.items():
+        if key not in known:
+            raise UserError(f"{UNKNOWN}.{key}: sentences has no such key; it has {', '.join([*known, 'encoder'])}")
+        if key == "buckets" and reads_tokens:
+            raise UserError(f"{UNKNOWN}.buckets: the encoder has tokens of its own; leave it out")
+        if key == "frozen" and not (reads_tokens and isinstance(value, bool)):
+            what = (
+                f"{value!r} must be true or false" if reads_tokens else "there is no encoder; leave it out, or name one"
+            )
+            raise UserError(f"{UNKNOWN}.frozen: {what}")
+        least = 3 if key == "buckets" else 1
+        if key != "frozen" and (not isinstance(value, int) or value < least):
+            raise UserError(f"{UNKNOWN}.{key}: {value!r} must be a number above {least - 1}")
+
+
+def _encoder(name: Any, compute: torch.dtype) -> tuple[Any, Any]:
+    """A pretrained encoder of tokens, and its tokenizer.
+
+    Raises:
+        UserError: there is none, or it is an encoder-decoder.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    if not isinstance(name, str):
+        raise UserError(f"{UNKNOWN}.encoder: {name!r} must be a model's folder or hub id")
+    folder = models.locate(name)
+    tokenizer = read_folder(folder, AutoTokenizer.from_pretrained)
+    encoder, found = read_folder(folder, AutoModel.from_pretrained, dtype=master(compute), output_loading_info=True)
+    missing = [key for key in found["missing_keys"] if not key.startswith("pooler.")]  # which nobody reads here
+    check_found(folder, {"missing_keys": missing}, type(encoder).__name__)
+    if encoder.config.is_encoder_decoder or not hasattr(encoder.config, "hidden_size"):
+        raise UserError(f"{UNKNOWN}.encoder: {name} is no encoder alone; name one of BERT's shape, such as MiniLM")
+    return encoder, tokenizer

@@ -20,18 +20,21 @@ from instant_reward.types import UserError
 class Fills(terms.Distribution):
     """A place and a token for each of ``N`` actions: ``log p(place) + log p(token | place)``.
 
-    The temperature divides the log-probability of the pair, as it does where the pair is drawn.
+    The temperature divides the log-probability of the pair, as it does where the pair is drawn. Actions that are drawn
+    from the same text as it stands share one reading of it, ``M`` of them.
 
     Attributes:
         hidden: ``[N, D]``, the state of the text's first token: what a critic reads.
-        places: ``[N, 1 + P]``, the logits of stopping and of each place; minus infinity where it may not be taken.
-        states: ``[N, P, D]``, what the output head makes the tokens' logits of; weight, bias: that head, ``[V, D]`` and
+        texts: int64 ``[N]``, which reading each action is drawn from.
+        places: ``[M, 1 + P]``, the logits of stopping and of each place; minus infinity where it may not be taken.
+        states: ``[M, P, D]``, what the output head makes the tokens' logits of; weight, bias: that head, ``[V, D]`` and
             ``[V]``.
         no_end: bool ``[N]``, where stopping is forbidden.
         forbidden: tokens that are never written.
     """
 
     hidden: Tensor
+    texts: Tensor
     places: Tensor
     states: Tensor
     weight: Tensor
@@ -48,22 +51,36 @@ class Fills(terms.Distribution):
     def logits(self, rows: slice) -> Tensor:
         """See ``Distribution``: here the log-probabilities themselves."""
         places = self._of_places(rows)
-        some = self.states[rows]
+        some = self.states[self.texts[rows]]
         tokens = self._of_tokens(some.reshape(-1, some.shape[-1])).view(*some.shape[:2], len(self.weight))
         return torch.cat([places[:, :1], (places[:, 1:, None] + tokens).flatten(1)], 1)
 
     def of(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """See ``Distribution``: tokens at the places that were chosen, so that no table of all pairs is kept."""
-        fill = targets != STOP
-        place = (targets - 1).div(len(self.weight), rounding_mode="floor")
+        fill, place, token = self._parts(targets)
         places = self._of_places(slice(None))
         chosen = places.gather(1, (place + 1)[:, None]).squeeze(1)
-        states = self.states[fill, place[fill]]
-        token = ((targets - 1) % len(self.weight))[fill]
+        states, token = self.states[self.texts[fill], place[fill]], token[fill]
         softmax, always = self._softmax(self.temperature), _all(states)
         written, _ = token_logprobs(states, self.weight, self.bias, token, always, softmax)
         both = chosen.index_put((fill.nonzero().squeeze(1),), written.to(chosen), accumulate=True)
         return both, self._entropies(places.detach())
+
+    def likeliest(self, targets: Tensor) -> Tensor:
+        """See ``Distribution``: where a target is a fill, the likeliest token at the same place."""
+        fill, place, token = self._parts(targets)
+        states = self.states[self.texts[fill], place[fill]]
+        parts = [self._of_tokens(states[some]).argmax(-1) for some in chunks(len(states), len(self.weight))]
+        found = targets.clone()
+        found[fill] += torch.cat([*parts, token[:0]]) - token[fill]
+        if not bool(fill.all()):
+            found[~fill] = super().likeliest(targets)[~fill]
+        return found
+
+    def _parts(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Whether each action is a fill (bool), its place (-1 for stopping), and its token, each ``[N]``."""
+        place = (targets - 1).div(len(self.weight), rounding_mode="floor")
+        return targets != STOP, place, (targets - 1) % len(self.weight)
 
     @torch.no_grad()
     def _entropies(self, places: Tensor) -> Tensor:
@@ -73,21 +90,22 @@ class Fills(terms.Distribution):
             tokens = self._of_tokens(states)
             return -(tokens.exp() * tokens.clamp(min=torch.finfo(tokens.dtype).min)).sum(-1)
 
-        written = self._at_places(some, self.states)
+        written = self._at_places(some, self.states)[self.texts]
         chances = places.exp()
         of_place = -(chances * places.clamp(min=torch.finfo(places.dtype).min)).sum(1)
         return of_place + (chances[:, 1:] * written.to(chances)).sum(1)
 
     def _of_places(self, rows: slice) -> Tensor:
         """The log-probabilities ``[n, 1 + P]`` of stopping and of each place."""
-        places = self.places[rows].log_softmax(-1)
+        texts, of = self.texts[rows].unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        places = self.places[texts].log_softmax(-1)
         if self.temperature != 1.0:
             places = places / self.temperature
             places = places + torch.nn.functional.pad(
-                self._at_places(self._sharpened, self.states[rows]).to(places), (1, 0)
+                self._at_places(self._sharpened, self.states[texts]).to(places), (1, 0)
             )
-        # A copy: what the softmax gave is needed for its gradient, and the ends are forbidden in place.
-        return as_drawn(places.clone(), self.no_end[rows], Softmax(1.0, (STOP,))).log_softmax(-1)
+        # In place, where the ends are forbidden: what the index gives is a copy, which no gradient needs.
+        return as_drawn(places[of], self.no_end[rows], Softmax(1.0, (STOP,))).log_softmax(-1)
 
     def _sharpened(self, states: Tensor) -> Tensor:
         """``log sum over tokens of p(token)**(1 / temperature)``: what a place weighs by its tokens, ``[n]``."""
@@ -115,17 +133,19 @@ def _all(states: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a masked model reads before each of ``N`` actions.
+    """What a masked model reads before ``N`` actions: ``M`` texts as they stand, each once.
 
     Attributes:
-        ids, there: ``[N, L]``, the text's tokens, and 1 where there is one.
-        index: ``[N, P]``, where the places that may be written at are; free: bool ``[N, P]``, those open to the action.
+        ids, there: ``[M, L]``, the text's tokens, and 1 where there is one.
+        index: ``[M, P]``, where the places that may be written at are; free: bool ``[M, P]``, those open to be taken.
+        texts: int64 ``[N]``, which of the texts each action is drawn from.
     """
 
     ids: Tensor
     there: Tensor
     index: Tensor
     free: Tensor
+    texts: Tensor
 
 
 def reading(
@@ -136,7 +156,10 @@ def reading(
     Args:
         texts: of each action the text as it was at first; before: the actions that were taken on it.
     """
-    found = [(*slots.written(text, actions), slots.places(text)) for text, actions in zip(texts, before, strict=True)]
+    number: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    both = zip(texts, before, strict=True)
+    of = [number.setdefault((tuple(text), tuple(actions)), len(number)) for text, actions in both]
+    found = [(*slots.written(text, actions), slots.places(text)) for text, actions in number]
     longest = max((len(now) for now, _, _ in found), default=1)
     widest = max((len(places) for _, _, places in found), default=1)
     ids = torch.full((len(found), longest), pad_id, dtype=torch.long)
@@ -148,7 +171,7 @@ def reading(
         there[row, : len(now)] = 1
         index[row, : len(places)] = torch.tensor(places)
         free[row, : len(may)] = torch.tensor(may)
-    return Reading(*(one.to(device) for one in (ids, there, index, free)))
+    return Reading(*(one.to(device) for one in (ids, there, index, free, torch.tensor(of, dtype=torch.long))))
 
 
 def states_of(model: Any, ids: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,7 @@ class Learning(ABC):
         self.needs = Needs()
         self.states = self.new_states()
         self.reference: Any = None
+        self.begun: dict[str, Tensor] = {}
         self.reference_moved: dict[str, Tensor] = {}
         self.teacher: Any = None
         self.critic: Critic | None = None
@@ -156,6 +157,7 @@ class Learning(ABC):
         self.critic = self.teacher = self.reference = None
         self.states = self.new_states()  # which knows none of the models that are no more
         self.reference_moved = {}
+        self.begun = {name: one.detach().clone() for name, one in self._trained_in_full()}
         groups = [Group(list(self.model.parameters()), settings.learning_rate)]
         teacher = self.needs.teacher
         if teacher is not None and teacher.model is not None:
@@ -314,6 +316,10 @@ class Learning(ABC):
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
+    def _trained_in_full(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is trained beside an adapter, such as a classifier's output layer."""
+        return ((name, p) for name, p in self._trained() if self.adapter is not None and "lora_" not in name)
+
     @contextmanager
     def as_reference(self) -> Iterator[Any]:
         """The model as it was: the frozen copy, or the adapter switched off, or as it was when last reset."""
@@ -323,7 +329,7 @@ class Learning(ABC):
             with self._swapped(self.reference_moved):
                 yield self.model
         else:
-            with self.adapter.disable_adapter():
+            with self.adapter.disable_adapter(), self._swapped(self.begun):
                 yield self.model
 
     @contextmanager
@@ -337,13 +343,14 @@ class Learning(ABC):
 
     @contextmanager
     def _swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        now = {name: parameter.data for name, parameter in self._trained()}
+        swapped = {name: parameter for name, parameter in self._trained() if name in weights}
+        now = {name: parameter.data for name, parameter in swapped.items()}
         try:
-            for name, parameter in self._trained():
+            for name, parameter in swapped.items():
                 parameter.data = weights[name]
             yield
         finally:
-            for name, parameter in self._trained():
+            for name, parameter in swapped.items():
                 parameter.data = now[name]
 
     @staticmethod

@@ -133,9 +133,15 @@ def with_lora(
     alpha: float = 32.0,
     dropout: float = 0.0,
     targets: str | list[str] = "all-linear",
-    task: str = "CAUSAL_LM",
+    task: str | None = "CAUSAL_LM",
+    whole: Sequence[str] = (),
 ) -> Any:
-    """The model in its peft wrapper, with an adapter of low rank to train; ``task`` is peft's name for its kind."""
+    """The model in its peft wrapper, with an adapter of low rank to train.
+
+    Args:
+        task: peft's name for the model's kind, where it has one that fits.
+        whole: modules, by their place in the model, that get no adapter and are trained in full beside it.
+    """
     try:
         import peft
     except ModuleNotFoundError as error:
@@ -147,8 +153,22 @@ def with_lora(
             "model.lora.dropout must be 0: dropout makes the trainer's log-probabilities differ from the sampler's"
         )
     scale: Any = alpha  # peft says that it must be an integer, and takes any number
-    settings = peft.LoraConfig(r=rank, lora_alpha=scale, lora_dropout=0.0, target_modules=targets, task_type=task)
-    wrapped = peft.get_peft_model(model, settings)
+    settings = peft.LoraConfig(
+        r=rank,
+        lora_alpha=scale,
+        lora_dropout=0.0,
+        target_modules=targets,
+        exclude_modules=list(whole) or None,
+        task_type=task,
+    )
+    try:
+        wrapped = peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise UserError(
+            f"model.lora.targets: {targets!r} fits no layer of the model that takes one; correct it"
+        ) from error
+    for name in whole:
+        model.get_submodule(name).requires_grad_(True)
     if hasattr(model.get_output_embeddings(), "base_layer"):
         raise UserError(
             "model.lora.targets: an adapter on the output head would never be trained, since log-probabilities are "

@@ -20,7 +20,16 @@ from instant_reward.policies.decisions import PLAIN, DecisionPolicy, Steps, cell
 from instant_reward.policies.drafts import STOP, DraftDecoder, Slots
 from instant_reward.policies.fills import Fills, reading, states_of
 from instant_reward.policies.head import Softmax
-from instant_reward.policies.load import Dtype, check_words, compute_dtype, load_model, master, read_folder, weights_in
+from instant_reward.policies.load import (
+    Dtype,
+    check_words,
+    compute_dtype,
+    load_model,
+    master,
+    read_folder,
+    weights_in,
+    with_lora,
+)
 from instant_reward.text import Decoder
 from instant_reward.types import Prompt, UserError
 
@@ -58,7 +67,7 @@ class Drafts:
         read = reading(self.slots, texts, steps.before, self.pad_id, base.device)
         with torch.autocast(base.device.type, torch.bfloat16, enabled=self.compute == torch.bfloat16):
             states: Tensor = base(input_ids=read.ids, attention_mask=read.there)[0]
-        return states[:, 0]
+        return states[read.texts, 0]
 
 
 class MaskedPolicy(DecisionPolicy):
@@ -68,6 +77,7 @@ class MaskedPolicy(DecisionPolicy):
         model: a transformers masked model, BERT's shape or another's; a layer for the places joins it.
         tokenizer: its tokenizer, with a mask token.
         compute: the dtype of the matrix products.
+        adapter: the peft wrapper around ``model`` where only an adapter and the layer for the places are trained.
         edits: whether every token of a text may be changed, and changed again, until the model stops; else each mask is
             filled once. Without it, what the model's config says (``edits``), or false.
     """
@@ -79,6 +89,7 @@ class MaskedPolicy(DecisionPolicy):
         model: Any,
         tokenizer: Any,
         compute: torch.dtype = torch.float32,
+        adapter: Any = None,
         name: str = "",
         edits: bool | None = None,
     ) -> None:
@@ -90,7 +101,7 @@ class MaskedPolicy(DecisionPolicy):
         model.config.edits = edits  # a saved model is loaded as the same policy
         self.slots = Slots(tokenizer, len(model.get_output_embeddings().weight), edits)
         self.end_ids = (STOP,) if edits else ()
-        super().__init__(model, tokenizer, compute, None, name)
+        super().__init__(model, tokenizer, compute, adapter, name)
 
     @property
     def context(self) -> int:
@@ -138,12 +149,13 @@ class MaskedPolicy(DecisionPolicy):
             hidden, ready = states_of(model, read.ids, read.there)
             scores = model.order(hidden)
         wide = scores if scores.dtype == torch.float64 else scores.float()
-        rows = torch.arange(len(texts), device=self.device)[:, None]
+        rows = torch.arange(len(read.ids), device=self.device)[:, None]
         stop = wide[:, 0, 1:].masked_fill(torch.tensor(not self.slots.edits, device=self.device), -torch.inf)
         places = wide[rows, read.index, 0].masked_fill(~read.free, -torch.inf)
         head = model.get_output_embeddings()
         return Fills(
-            hidden=hidden[:, 0],
+            hidden=hidden[read.texts, 0],
+            texts=read.texts,
             places=torch.cat([stop, places], 1),
             states=ready[rows, read.index],
             weight=head.weight,
@@ -172,6 +184,13 @@ class MaskedPolicy(DecisionPolicy):
         """See ``Policy``: a row's text has the tokenizer's mask token where something is missing."""
         limit = min(self.context, most or self.context)
         return [self._prompt(row, column, number, limit, room) for number, row in enumerate(rows)]
+
+    def unprompted(self, rows: Sequence[Mapping[str, Any]]) -> list[Prompt]:
+        """See ``Policy``: there is nothing to fill."""
+        raise UserError(
+            "data.column: a masked model fills the masks of a text; name the column of such texts, or have masks put "
+            "into the texts of data.completion by data.masks"
+        )
 
     def _prompt(self, row: Mapping[str, Any], column: str, number: int, limit: int, room: int) -> Prompt:
         where, text = cell(row, column, number)
@@ -244,14 +263,9 @@ def load_masked(name: str, dtype: Dtype, lora: Mapping[str, Any] | None, place: 
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
-    if lora is not None:
-        raise UserError("model.lora: masked models take no adapter; leave it out to train all weights")
     compute, folder = compute_dtype(dtype, place), models.locate(name)
     weights = folder / "model.safetensors"
     stored = read_folder(weights, load_file) if weights.is_file() else {}
-    if f"{ORDER}.weight" not in stored:
-        model, tokenizer = load_model(name, compute, place, "AutoModelForMaskedLM")
-        return MaskedPolicy(model, tokenizer, compute, name)
 
     def own(_: Any) -> Any:
         config = AutoConfig.from_pretrained(folder)
@@ -261,5 +275,16 @@ def load_masked(name: str, dtype: Dtype, lora: Mapping[str, Any] | None, place: 
         made.load_state_dict(read, strict=False)  # of weights that are tied the second name is missing
         return made
 
-    tokenizer = read_folder(folder, AutoTokenizer.from_pretrained)
-    return MaskedPolicy(read_folder(folder, own).to(place), tokenizer, compute, name)
+    if f"{ORDER}.weight" in stored:
+        tokenizer = read_folder(folder, AutoTokenizer.from_pretrained)
+        model = read_folder(folder, own).to(place)
+    else:
+        model, tokenizer = load_model(name, compute, place, "AutoModelForMaskedLM")
+        add_order(model)
+    adapter = None if lora is None else masked_with_lora(model, lora)
+    return MaskedPolicy(model, tokenizer, compute, adapter, name)
+
+
+def masked_with_lora(model: Any, options: Mapping[str, Any]) -> Any:
+    """The model in a peft wrapper that adapts it; the layer for the places, which begins at 0, is trained in full."""
+    return with_lora(model, task=None, whole=[ORDER], **options)

@@ -18,6 +18,7 @@ from instant_reward.policies.causal import CausalPolicy
 from instant_reward.policies.classifier import ClassifierPolicy
 from instant_reward.policies.extractive import new_extractive
 from instant_reward.policies.load import Dtype, compute_dtype
+from instant_reward.policies.masked import MaskedPolicy
 from instant_reward.policies.policy import Policy
 from instant_reward.policies.sentences import SentencesConfig
 from instant_reward.policies.seq2seq import Seq2SeqPolicy
@@ -78,20 +79,21 @@ def build_model(
 def new_policy(scratch: ScratchConfig, texts: Iterable[str], dtype: Dtype = "float32") -> Policy:
     """A model with new weights as a policy, on a GPU where there is one; ``build_model`` has the rest.
 
-    With labels it is a classifier; of the model type "sentences" it chooses sentences; else it writes: an
-    encoder-decoder where the model type is one, a causal model where not.
+    With labels it is a classifier; of the kind "masked" it fills masks; of the model type "sentences" it chooses
+    sentences; else it writes: an encoder-decoder where the model type is one, a causal model where not.
     """
     place = "cuda" if torch.cuda.is_available() else "cpu"
     compute = compute_dtype(dtype, place)
-    if scratch.config["model_type"] == SentencesConfig.model_type:
+    kind: ModelKind = scratch.kind or ("classification" if scratch.labels else _writer(scratch.config["model_type"]))
+    if scratch.config["model_type"] == SentencesConfig.model_type and kind != "masked":
         return new_extractive(scratch.config, scratch.seed, compute, place)
-    kind: ModelKind = "classification" if scratch.labels else _writer(scratch.config["model_type"])
     model, tokenizer = build_model(scratch, texts, kind, scratch.labels)
     master = torch.float64 if compute == torch.float64 else torch.float32
     made: dict[ModelKind, Callable[..., Policy]] = {
         "causal": CausalPolicy,
         "seq2seq": Seq2SeqPolicy,
         "classification": ClassifierPolicy,
+        "masked": MaskedPolicy,
     }
     return made[kind](model.to(place, master), tokenizer, compute)
 
@@ -132,6 +134,9 @@ def _config(given: dict[str, Any], tokenizer: Any, kind: ModelKind, labels: Sequ
 
     values = dict(given)
     model_type = values.pop("model_type")
+    edits = values.pop("edits", False) if kind == "masked" else None  # this library's own key: see ``MaskedPolicy``
+    if not isinstance(edits, bool | None):
+        raise UserError(f"{WHERE}.edits: {edits!r} must be true or false")
     if model_type not in CONFIG_MAPPING:
         close = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=1)
         hint = f"did you mean {close[0]}?" if close else "name one of its own, such as gpt2, llama, bert or t5."
@@ -139,7 +144,7 @@ def _config(given: dict[str, Any], tokenizer: Any, kind: ModelKind, labels: Sequ
     default = CONFIG_MAPPING[model_type]()
     _check_keys(values, default, model_type)
     values |= {name: len(tokenizer) for name in SIZES if hasattr(default, name)}
-    values |= _ids(default, tokenizer)
+    values |= _ids(default, tokenizer) | ({} if edits is None else {"edits": edits})
     if kind == "causal" and not default.is_encoder_decoder and hasattr(default, "is_decoder"):
         values["is_decoder"] = True  # BERT and its like read both ways without it
     if labels:

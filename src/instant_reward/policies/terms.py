@@ -38,6 +38,11 @@ class Distribution(ABC):
     def of(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The log-probabilities of the actions ``targets [N]`` with gradient, and the entropies ``[N]`` without."""
 
+    def likeliest(self, targets: Tensor) -> Tensor:
+        """The likeliest actions that might stand where ``targets [N]`` do, int64 ``[N]``, without gradient."""
+        rows = chunks(len(self.hidden), self.width)
+        return torch.cat([self.logprobs(some).argmax(-1) for some in rows] or [torch.zeros_like(targets)])
+
     def logprobs(self, rows: slice) -> Tensor:
         """``[n, V]``; of a forbidden action the least that the dtype holds, so that times probability 0 it is 0."""
         values = self.logits(rows).log_softmax(-1)
@@ -106,12 +111,6 @@ class Choices(Distribution):
         with torch.no_grad():
             entropies = -(values.exp() * values).sum(-1)
         return values.gather(1, targets[:, None]).squeeze(1), entropies
-
-
-def likeliest(head: Distribution) -> Tensor:
-    """The likeliest action of each state, int64 ``[N]``, without gradient."""
-    rows = chunks(len(head.hidden), head.width)
-    return torch.cat([head.logprobs(some).argmax(-1) for some in rows] or [torch.zeros(0, dtype=torch.long)])
 
 
 def entropy(head: Distribution) -> Tensor:

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any, Literal
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from instant_reward.types import UserError
@@ -64,7 +64,9 @@ def train_tokenizer(
     Raises:
         UserError: there is no text, or the vocabulary is too small to hold anything but special tokens.
     """
-    special = [PAD, END, BEGIN, UNKNOWN, *((SEPARATOR, CLASS, MASK) if form == "encoder" else ())]
+    names = [PAD, END, BEGIN, UNKNOWN, *((SEPARATOR, CLASS, MASK) if form == "encoder" else ())]
+    # A space is part of the word behind it, so it is part of a mask as well: "was <mask>" is a mask right behind "was".
+    special = [AddedToken(one, lstrip=one == MASK and kind != "character", special=True) for one in names]
     least = len(special) + (256 if kind == "bpe" else 1)
     if vocabulary < least:
         bytes_too = "256 bytes and " if kind == "bpe" else ""
@@ -82,7 +84,7 @@ def train_tokenizer(
     backend.post_processor = _template(form, backend)
     options: dict[str, Any] = {}
     if form == "encoder":
-        options = {"sep_token": SEPARATOR, "cls_token": CLASS, "mask_token": MASK}
+        options = {"sep_token": SEPARATOR, "cls_token": CLASS, "mask_token": special[-1]}
     inputs = ["input_ids", *(["token_type_ids"] if form == "encoder" else []), "attention_mask"]
     fast: Any = PreTrainedTokenizerFast  # which is not typed
     made: PreTrainedTokenizerFast = fast(
@@ -105,7 +107,7 @@ def _trained(
     minimum: int,
     lower: bool,
     stop_words: Sequence[str],
-    special: list[str],
+    special: list[AddedToken],
 ) -> Tokenizer:
     settings: dict[str, Any] = {"special_tokens": special, "show_progress": False}
     if kind == "bpe":
@@ -142,7 +144,7 @@ def _cuts(pattern: str, stop_words: Sequence[str]) -> Any:
 
 
 def _word_pieces(
-    texts: Iterable[str], backend: Tokenizer, vocabulary: int, minimum: int, special: list[str]
+    texts: Iterable[str], backend: Tokenizer, vocabulary: int, minimum: int, special: list[AddedToken]
 ) -> Tokenizer:
     """WordPiece whose tokens are the commonest pieces that BPE cuts the words into.
 
@@ -174,7 +176,7 @@ def _word_pieces(
             pieces[CONTINUED + character] = count
     ranked = sorted(pieces, key=lambda piece: (not _one(piece), -pieces[piece], piece))
     kept = [piece for piece in ranked if pieces[piece] >= minimum][: vocabulary - len(special)]
-    vocab = {token: number for number, token in enumerate([*special, *kept])}
+    vocab = {token: number for number, token in enumerate([*(one.content for one in special), *kept])}
     made = Tokenizer(models.WordPiece(vocab=vocab, unk_token=UNKNOWN, continuing_subword_prefix=CONTINUED))
     made.normalizer, made.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
     made.decoder = decoders.Sequence([decoders.Replace(Regex(f"^{CONTINUED}"), ""), decoders.Fuse()])
