@@ -152,6 +152,8 @@ def coloured(
 ) -> Text:
     """The prompt, dim, and the sampled text, each piece coloured by what it earned: green and bold, or red, underlined.
 
+    An arrow stands between them where the text does not go on from the prompt: a translation, a label, a filled draft.
+
     Args:
         source: only this source's marks; all of them where None.
         scale: what counts as strong; by default the rollout's own values.
@@ -161,6 +163,8 @@ def coloured(
     if prompt_tail is not None and len(prompt) > prompt_tail:
         prompt = "…" + prompt[-prompt_tail:]
     text = Text(prompt, style="")
+    if rollout.prompt.context is not None:
+        text.append(" → ")
     text.stylize("dim")
     cut, whole = pieces(rollout, source)
     scale = scale or scale_of([rollout], source)

@@ -437,6 +437,11 @@ def test_the_command_goes_from_a_file_to_a_report(
     assert (tmp_path / "run" / "report.html").is_file()
     assert cli.main(["fit", "--resume", str(tmp_path / "run")]) == 0
     assert "raise train.epochs to go on" in capsys.readouterr().out
+    (tmp_path / "run" / "report.html").unlink()  # as if it had been killed between its last step and its report
+    assert cli.main(["fit", "--resume", str(tmp_path / "run")]) == 0
+    again = capsys.readouterr().out
+    assert again.partition("report:")[0].split() == said[said.index("Held-out") :].partition("report:")[0].split()
+    assert (tmp_path / "run" / "report.html").is_file()
     assert cli.main(["fit", str(tmp_path / "config.yaml"), "algorithm=rloo", "--out", str(tmp_path / "other")]) == 2
 
 

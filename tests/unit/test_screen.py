@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -127,6 +128,11 @@ class TestColours:
         sample = rollout([" good"], [], prompt="a long opening")
         assert self.styles(sample)["a long opening"] == "dim"
         assert coloured(sample, prompt_tail=7).plain == "…opening good …"
+
+    def test_an_arrow_stands_before_a_text_that_does_not_go_on_from_its_prompt(self) -> None:
+        sample = rollout(["good"], [], prompt="a film")
+        sample.prompt = replace(sample.prompt, context=[1, 2])
+        assert coloured(sample).plain == "a film → good …"
 
     def test_a_whole_text_is_coloured_faintly(self) -> None:
         scale = Scale(piece=1.0, whole=1.0)

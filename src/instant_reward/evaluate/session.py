@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 from rich.console import Console
 
@@ -16,6 +17,8 @@ from instant_reward.screen import Screen
 from instant_reward.train import Job, interruptible, learn, prepare
 from instant_reward.watching import is_over
 
+LONGEST_HINT = 60  # characters of a prompt that is offered to be tried
+
 TEXT_LABELS = {
     "nll": "nats per token",
     "perplexity": "perplexity",
@@ -28,7 +31,7 @@ def run_session(config: Config, resume: bool = False) -> int:
     """Trains by a config; with held-out prompts there, also compares before and after. Returns the exit code."""
     console = Console()
     job = prepare(config, resume=resume)
-    if job.run.step >= job.steps:
+    if job.run.step >= job.steps and not _killed_before_its_report(job):
         more = "raise train.steps" if config.train.epochs is None else "raise train.epochs"
         if is_over(config.train.stop_when, job.course):
             more = "its train.stop_when has ended it; change that"
@@ -65,6 +68,13 @@ def run_session(config: Config, resume: bool = False) -> int:
         rows = [*rows, *of_texts]
     _write_down(job, rows, before, after, console)
     return 0
+
+
+def _killed_before_its_report(job: Job) -> bool:
+    """Whether all steps are done and saved, and what comes after them is not."""
+    measured = job.held_out is not None or job.config.evaluate.prompts is not None
+    known = (job.run.path / "held_out").is_dir() or not measured  # what it was before is not to be had again
+    return known and not (job.run.path / "report.html").is_file()
 
 
 def _texts_before(job: Job, console: Console) -> dict[str, float]:
@@ -113,4 +123,12 @@ def _write_down(
         curve,
     )
     console.print(f"report: {report}\ncurve:  {curve}\nmodel:  {_model_in(job)}", highlight=False)
-    console.print(f"sample: instant-reward sample {folder} 'The film begins with'", highlight=False)
+    console.print(f"sample: instant-reward sample {folder} {_to_try(job)}", highlight=False, soft_wrap=True)
+
+
+def _to_try(job: Job) -> str:
+    """A prompt for the shell: one of the run's own where it is short."""
+    prompt = next((one.prompt for one in job.texts.drawn), None)
+    if prompt is not None and prompt.text.strip() and len(prompt.text) <= LONGEST_HINT and prompt.text.isprintable():
+        return shlex.quote(prompt.text)
+    return "'The film begins with'" if prompt is None or prompt.context is None else "PROMPT"
