@@ -423,7 +423,7 @@ def logged_groups(prompts: Sequence[Prompt], columns: LoggedConfig, policy: Poli
     decoder = policy.decoder()
     groups = []
     for number, prompt in enumerate(prompts):
-        where = f"data.logged: {_place(prompt)}"
+        where = f"data.logged: {prompt.place}"
         number_in(prompt.info, columns.reward, where)
         chance = number_in(prompt.info, columns.propensity, where, highest=1.0)
         ids = actions_for(prompt, columns.action, policy, "data.logged")
@@ -453,11 +453,6 @@ def actions_for(prompt: Prompt, column: str, policy: Policy, option: str = "data
         raise UserError(f"{prompt.where}: {error}") from error
 
 
-def _place(prompt: Prompt) -> str:
-    """Where a prompt's row stands, for messages."""
-    return prompt.where or f"prompt {prompt.id}"
-
-
 def check_fits(prompt: Prompt, ids: Sequence[int], room: int) -> None:
     """Refuses a text that is too long to be read behind its prompt.
 
@@ -467,7 +462,7 @@ def check_fits(prompt: Prompt, ids: Sequence[int], room: int) -> None:
     length = len(prompt.token_ids) + len(ids)
     if length > room:
         raise UserError(
-            f"{_place(prompt)} has {length} tokens, prompt included, and the model reads {room}; shorten it, or set "
+            f"{prompt.place} has {length} tokens, prompt included, and the model reads {room}; shorten it, or set "
             "too_long of its data to cut or split where the texts are imitated"
         )
 

@@ -195,7 +195,5 @@ def text_in(prompt: Prompt, column: str, option: str = "data.completion") -> str
     if isinstance(text, int | float) and text == text:  # labels are often numbers; NaN is none
         text = label_of(prompt.info, column)
     if not isinstance(text, str) or not text:
-        raise UserError(
-            f"{option}: {prompt.where or f'prompt {prompt.id}'} has no text in its column {column!r}; correct the row"
-        )
+        raise UserError(f"{option}: {prompt.place} has no text in its column {column!r}; correct the row")
     return text

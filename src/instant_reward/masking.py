@@ -57,8 +57,8 @@ class MaskedTexts:
     ) -> Iterator[tuple[Prompt, list[int]]]:
         for number, row in enumerate(rows):
             info = {key: value for key, value in row.items() if key != "id"}
-            prompt = Prompt(str(row.get("id", number)), "", [], info=info)
-            for ids in self.slots.windows(text_in(prompt, column), f"prompt {prompt.id}", room, too_long):
+            prompt = Prompt(str(row.get("id", number)), "", [], info=info, where=getattr(row, "where", ""))
+            for ids in self.slots.windows(text_in(prompt, column), prompt.place, room, too_long):
                 self.lengths.append(len(ids))
                 yield prompt, ids
 

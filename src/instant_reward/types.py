@@ -51,6 +51,11 @@ class Prompt:
     context: list[Any] | None = None
     where: str = field(default="", compare=False, repr=False)
 
+    @property
+    def place(self) -> str:
+        """Where its row stands, for messages."""
+        return self.where or f"prompt {self.id}"
+
 
 @dataclass(frozen=True, slots=True)
 class Mark:

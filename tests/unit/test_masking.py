@@ -16,6 +16,7 @@ from choosing import blank_tokenizer, tiny_masked
 from instant_reward.batch import collate
 from instant_reward.cli import main
 from instant_reward.config import Config, DataConfig, as_supervised
+from instant_reward.data import Row
 from instant_reward.fitting import HeldOutTexts, Texts
 from instant_reward.masking import MaskedTexts
 from instant_reward.policies.decisions import Steps
@@ -258,6 +259,9 @@ def test_what_cannot_be_learned_from_is_named(tmp_path: Path) -> None:
         masked_texts(texts=["a b", "zzz"])
     with pytest.raises(UserError, match=r"data\.completion: prompt 1 has no text"):
         masked_texts(texts=["a b", ""])
+    rows = [Row({"text": "zzz"}, "a.csv, line 7")]
+    with pytest.raises(UserError, match=r"a\.csv, line 7 has a text without a token"):
+        MaskedTexts(rows, data(), tiny_masked(), 16)
     with pytest.raises(UserError, match=r"data\.masks: .*one that edits learns from pairs"):
         masked_texts(tiny_masked(edits=True))
     with pytest.raises(UserError, match=r"data\.masks: .*this is none"):
