@@ -106,12 +106,13 @@ def _prompt(row: Mapping[str, Any], index: int, tokenizer: Any, column: str, max
     content = as_row(dict(row), where, column)[column]
     messages: list[Message] | None = None
     if isinstance(content, str):
-        text, token_ids = content, list(tokenizer(content)["input_ids"])
+        # Not verbose: what is too long is said below, with its place.
+        text, token_ids = content, list(tokenizer(content, verbose=False)["input_ids"])
     else:
         messages = _messages(content, where)
         text = _rendered(messages, tokenizer, where)
         # The template writes the special tokens itself: the tokenizer must not add a second beginning of text.
-        token_ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        token_ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if not token_ids:
         raise UserError(f"{where} has an empty prompt: give it at least one character, or leave that row out.")
     if max_tokens is not None and len(token_ids) > max_tokens:

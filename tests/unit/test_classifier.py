@@ -219,8 +219,9 @@ def test_labels_that_are_one_or_alike_are_refused() -> None:
         ClassifierPolicy(model, word_tokenizer())
 
 
-def test_bad_rows_are_named(folder: Path, tmp_path: Path) -> None:
+def test_bad_rows_are_named(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     policy = tiny_classifier()
+    policy.tokenizer.model_max_length = LONGEST
     for content, complaint in (
         (" ", "empty text"),
         (3.5, "give a text"),
@@ -231,6 +232,7 @@ def test_bad_rows_are_named(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=complaint) as caught:
             policy.prompts([{"prompt": "a"}, {"prompt": content}], "prompt", 1)
         assert "prompt 1" in str(caught.value)
+    assert "longer than" not in capfd.readouterr().err, "it is said once"
     rows = [*ROWS[:2], {"prompt": "slow", "label": "superb"}]
     with pytest.raises(UserError, match=r"prompt 2 has the label 'superb'.*'bad', 'fine', 'good'"):
         run(folder, tmp_path / "run", data={"prompts": rows, "completion": "label"}, algorithm={"name": "raft"})

@@ -89,7 +89,7 @@ class CausalPolicy(Policy):
         """See ``Policy``: the text's tokens and an end token, where there is one."""
         own = self.tokenizer.eos_token_id  # a model may know several ends: the tokenizer's is the one of a turn
         end = [own] if own is not None else list(self.end_ids[:1])
-        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], *end]
+        return [*self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *end]
 
     def load_beside(self, name: str, what: str) -> Any:
         """See ``Learning``."""

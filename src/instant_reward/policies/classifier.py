@@ -98,7 +98,7 @@ class ClassifierPolicy(DecisionPolicy):
         if not all(one.strip() for one in texts):
             raise UserError(f"{where} has an empty text in {column!r}; give it at least one character, or leave it out")
         cut = {} if most is None else {"truncation": True, "max_length": min(most, self.context)}
-        read = self.tokenizer(*texts, **cut)
+        read = self.tokenizer(*texts, verbose=False, **cut)
         ids = list(read["input_ids"])
         if len(ids) > self.context:
             raise UserError(

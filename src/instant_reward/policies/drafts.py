@@ -91,7 +91,7 @@ class Slots:
             UserError: it is too long, or none of its tokens is ever written.
         """
         cut = {"truncation": True, "max_length": room, "return_overflowing_tokens": too_long == "split"}
-        found = self.tokenizer(text, **({} if too_long == "refuse" else cut))["input_ids"]
+        found = self.tokenizer(text, verbose=False, **({} if too_long == "refuse" else cut))["input_ids"]
         parts = [list(ids) for ids in (found if too_long == "split" else [found])]
         if len(parts[0]) > room:
             raise UserError(

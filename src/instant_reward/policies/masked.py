@@ -196,7 +196,7 @@ class MaskedPolicy(DecisionPolicy):
         where, text = cell(row, column, number)
         if not isinstance(text, str):
             raise UserError(f"{where} has a {type(text).__name__} for a text: give text.")
-        ids = list(self.tokenizer(text)["input_ids"])
+        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
         places = self.slots.places(ids)
         if not places:
             what = "no token" if self.slots.edits else f"no {self.tokenizer.mask_token}"

@@ -108,7 +108,7 @@ class Seq2SeqPolicy(Policy):
         """See ``Policy``: the text's tokens, as the tokenizer writes targets, and an end token, where there is one."""
         own = self.tokenizer.eos_token_id
         end = [own] if own is not None else list(self.end_ids[:1])
-        return [*self.tokenizer(text_target=text, add_special_tokens=False)["input_ids"], *end]
+        return [*self.tokenizer(text_target=text, add_special_tokens=False, verbose=False)["input_ids"], *end]
 
     def load_beside(self, name: str, what: str) -> Any:
         """See ``Learning``."""
