@@ -227,7 +227,10 @@ def from_sources(policy: Policy, rollouts: Sequence[Rollout]) -> Tensor:
     found = []
     for rollout in rollouts:
         ids, source = torch.tensor([rollout.token_ids]), torch.tensor([rollout.context])
-        table = policy.model(input_ids=source, decoder_input_ids=ids[:, :-1], use_cache=False).logits.log_softmax(-1)
+        logits = policy.model(input_ids=source, decoder_input_ids=ids[:, :-1], use_cache=False).logits
+        for words in policy.model.generation_config.bad_words_ids or []:  # Marian's padding is never written
+            logits[..., words] = -torch.inf
+        table = logits.log_softmax(-1)
         each = table.gather(2, ids[:, 1:, None])[0, :, 0]
         found.append(each[torch.tensor(rollout.mask[1:])].sum().exp())
     return torch.stack(found)
@@ -330,6 +333,7 @@ KINDS = [
     ),
     seq2seq("t5"),
     seq2seq("bart"),
+    seq2seq("marian"),
     seq2seq("berts"),
     classifier("classifier", tiny_classifier),
     classifier("classifier with an adapter", partial(tiny_classifier, lora=LORA), model={"lora": LORA}),
