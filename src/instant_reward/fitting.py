@@ -23,7 +23,7 @@ from instant_reward.collect import (
     written_rollout,
 )
 from instant_reward.config import Config, DataConfig
-from instant_reward.data import Prompts, check_labels
+from instant_reward.data import Prompts, check_labels, labels_of
 from instant_reward.masking import MaskedTexts
 from instant_reward.policies.annotate import likeliest
 from instant_reward.policies.policy import Policy
@@ -219,6 +219,7 @@ def texts_to_fit(config: Config, rows: Sequence[Mapping[str, Any]], policy: Poli
         rollouts = [rollout for group in recorded for rollout in group]
     else:
         rollouts = written(config.data, rows, policy, config.model.max_context)
+        _check_new_labels(config, rows)
     shares = config.algorithm.minibatches
     if config.train.tokens_per_step is None and shares > config.train.prompts_per_step:
         raise UserError(
@@ -227,6 +228,18 @@ def texts_to_fit(config: Config, rows: Sequence[Mapping[str, Any]], policy: Poli
         )
     order = ordered(rollouts, config.train.prompts_per_step, config.train.tokens_per_step, config.seed)
     return Texts(rollouts, order, policy, rewards, config.train.tokens_per_part, config.data.stream)
+
+
+def _check_new_labels(config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses a label that is new with this run and that no row would teach."""
+    new = config.model.scratch.labels if config.model.scratch is not None else config.model.labels
+    if new and config.data.completion is not None:
+        unseen = set(new) - set(labels_of(rows, config.data.completion))
+        if unseen:
+            raise UserError(
+                f"the labels of the model name {', '.join(sorted(unseen))}, which no row of the data has in its column "
+                f"{config.data.completion!r}: leave that label out, or add such rows"
+            )
 
 
 def ordered(

@@ -262,6 +262,19 @@ def test_labels_of_training_and_of_held_out_texts_must_be_the_same(folder: Path,
     assert judged(renamed).metrics[-1]["held_out/accuracy"] >= 0.0
 
 
+def test_a_new_label_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    config = {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    scratch = {"config": {**config, "intermediate_size": 8}, "labels": ["bad", "fine", "good"]}
+    scratch["tokenizer"] = {"kind": "word", "minimum": 1}
+    values = {"model": {"scratch": scratch}, "data": {"prompts": ROWS, "completion": "label"}}
+    values |= {"algorithm": {"name": "likelihood"}, "out": str(tmp_path / "run")}
+    with pytest.raises(UserError, match="name fine, which no row of the data has in its column 'label': leave that"):
+        ir.train(Config.build(values), rewards=[])
+    scratch["labels"] = ["bad", "good"]
+    values["train"] = {"steps": 1}
+    assert ir.train(Config.build(values), rewards=[]).step == 1
+
+
 def test_a_decision_about_nothing_is_refused(folder: Path, tmp_path: Path) -> None:
     given = {"completion": "label", "column": None}
     with pytest.raises(UserError, match=r"data\.column: a decision is about something"):
