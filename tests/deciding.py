@@ -15,8 +15,9 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from instant_reward.batch import Batch
 from instant_reward.policies import terms
 from instant_reward.policies.classifier import ClassifierPolicy, classifier_with_lora
-from instant_reward.policies.decisions import PLAIN, DecisionPolicy, Steps, decided
+from instant_reward.policies.decisions import PLAIN, DecisionPolicy, Names, Steps, decided
 from instant_reward.policies.head import Softmax
+from instant_reward.text import Decoder
 from instant_reward.types import Prompt
 
 torch.set_num_threads(1)
@@ -115,6 +116,9 @@ class Picker(DecisionPolicy):
     def over(self, actions: Sequence[int], prompt: Prompt) -> bool:
         assert prompt.context is not None
         return actions[-1] == 0 or len(actions) == len(prompt.context)
+
+    def decoder(self) -> Decoder:
+        return Names(self.names)
 
     def names(self, prompt: Prompt) -> list[str]:
         assert prompt.context is not None

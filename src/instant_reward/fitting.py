@@ -8,7 +8,7 @@ import random
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from instant_reward import assemble
 from instant_reward.batch import Batch, collate
@@ -36,8 +36,44 @@ from instant_reward.types import Prompt, Rollout, UserError
 WINDOW = 1024  # texts among which those of like length are put together: the order stays random beyond it
 
 
+class GivenTexts(Protocol):
+    """Texts to imitate, made when they are asked for."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each, by which those of like length are put together."""
+
+    @property
+    def stays(self) -> bool:
+        """Whether a text is the same each time and lies in memory, so that its marks may be kept."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the targets are all of a text, and not what is masked in it."""
+
+    def __len__(self) -> int: ...
+
+    def group(self, number: int, turn: int = 0) -> Group:
+        """A text's targets; ``turn`` draws them where they are drawn."""
+
+
+class Recorded(list[Rollout]):
+    """Texts that a run recorded (``GivenTexts``)."""
+
+    stays = whole = True
+
+    @property
+    def lengths(self) -> list[int]:
+        """See ``GivenTexts``."""
+        return [len(one.token_ids) for one in self]
+
+    def group(self, number: int, turn: int = 0) -> Group:
+        """See ``GivenTexts``."""
+        return [self[number]]
+
+
 class Written(Sequence[Rollout]):
-    """Texts of the data's own as rollouts, made when they are asked for; what is wrong with them shows at once.
+    """Texts of the data's own as rollouts (``GivenTexts``); what is wrong with them shows at once.
 
     Args:
         data: its ``completion`` names the column, ``too_long`` what becomes of a text longer than ``room``.
@@ -51,11 +87,14 @@ class Written(Sequence[Rollout]):
         UserError: a text is missing, empty or too long.
     """
 
+    whole = True
+
     def __init__(self, prompts: Sequence[Prompt], data: DataConfig, policy: Policy, room: int) -> None:
         assert data.completion is not None, "the config names no column of texts"
         self.policy, self.decoder = policy, policy.decoder()
         self.lengths = array("q")
         self.texts = held(self._cut(prompts, data.completion, data.too_long, room), on_disk(prompts))
+        self.stays = not on_disk(self.texts)
 
     def _cut(
         self, prompts: Sequence[Prompt], column: str, too_long: str, room: int
@@ -81,6 +120,10 @@ class Written(Sequence[Rollout]):
             return [self[one] for one in range(*index.indices(len(self)))]
         prompt, ids = self.texts[index]
         return written_rollout(prompt, ids, index, self.policy, self.decoder)
+
+    def group(self, number: int, turn: int = 0) -> Group:
+        """See ``GivenTexts``."""
+        return [self[number]]
 
 
 class TokenBatches:
@@ -143,20 +186,18 @@ class Texts:
     """A step's texts out of all, each a group of its own, rated by the rewards.
 
     Attributes:
-        rollouts: all texts; order: which of them a step gets. Where masks are drawn, each target is a rollout.
-        streamed: whether the texts lie on disk.
+        rollouts: all texts; order: which of them a step gets.
         skipped, drawn: see ``collect.Sampled``; nothing is ever left out.
     """
 
-    rollouts: Sequence[Rollout] | MaskedTexts
+    rollouts: GivenTexts
     order: TokenBatches | Prompts[int]
     policy: Policy
     rewards: Sequence[Reward]
     tokens_per_part: int = 1280
-    streamed: bool = False
     skipped: int = 0
     drawn: list[Rollout] = field(default_factory=list)
-    _marked: dict[int, Rollout] = field(default_factory=dict)
+    _marked: dict[int, Group] = field(default_factory=dict)
 
     def steps(self, epochs: float) -> int:
         """How many steps so many epochs take."""
@@ -168,20 +209,15 @@ class Texts:
         """The texts of a step, rated."""
         del sampler  # the policy that is trained wrote none of them
         chosen = self.order.batch(step)
-        if isinstance(self.rollouts, MaskedTexts):
-            groups = [self.rollouts.group(number, step) for number in chosen]
-            self.drawn = [rollout for group in groups for rollout in group]
-            self._rate(self.drawn)
-            return groups
-        self.drawn = [self._marked.get(number) or self.rollouts[number] for number in chosen]
-        # Texts that come again keep their marks, unless a reward looks at what changes in the meantime, or memory has
-        # no room for all of them.
-        again = self._compared or bool(remembering(self.rewards)) or self.streamed
-        new = [rollout for number, rollout in zip(chosen, self.drawn, strict=True) if number not in self._marked]
+        groups = [self._marked.get(number) or self.rollouts.group(number, step) for number in chosen]
+        self.drawn = [rollout for group in groups for rollout in group]
+        # Texts that come again keep their marks, unless a reward looks at what changes in the meantime.
+        again = self._compared or bool(remembering(self.rewards)) or not self.rollouts.stays
+        new = [one for number, group in zip(chosen, groups, strict=True) if number not in self._marked for one in group]
         self._rate(self.drawn if again else new)
         if not again and self.rewards:
-            self._marked |= dict(zip(chosen, self.drawn, strict=True))
-        return [[rollout] for rollout in self.drawn]
+            self._marked |= dict(zip(chosen, groups, strict=True))
+        return groups
 
     @property
     def _compared(self) -> bool:
@@ -212,11 +248,11 @@ def texts_to_fit(config: Config, rows: Sequence[Mapping[str, Any]], policy: Poli
     Args:
         rows: the data's; none where whole rollouts are given.
     """
-    rollouts: Sequence[Rollout] | MaskedTexts
+    rollouts: GivenTexts
     if config.data.rollouts is not None:
         recorded = recorded_groups(config.data.rollouts)
         check_recorded(recorded, policy, config.model.max_context)
-        rollouts = [rollout for group in recorded for rollout in group]
+        rollouts = Recorded(rollout for group in recorded for rollout in group)
     else:
         rollouts = written(config.data, rows, policy, config.model.max_context)
         _check_new_labels(config, rows)
@@ -227,7 +263,7 @@ def texts_to_fit(config: Config, rows: Sequence[Mapping[str, Any]], policy: Poli
             f"algorithm.minibatches={shares}; give more, or lower that"
         )
     order = ordered(rollouts, config.train.prompts_per_step, config.train.tokens_per_step, config.seed)
-    return Texts(rollouts, order, policy, rewards, config.train.tokens_per_part, config.data.stream)
+    return Texts(rollouts, order, policy, rewards, config.train.tokens_per_part)
 
 
 def _check_new_labels(config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -242,20 +278,16 @@ def _check_new_labels(config: Config, rows: Sequence[Mapping[str, Any]]) -> None
             )
 
 
-def ordered(
-    rollouts: Sequence[Rollout] | MaskedTexts, texts: int, tokens: int | None, seed: int
-) -> TokenBatches | Prompts[int]:
+def ordered(rollouts: GivenTexts, texts: int, tokens: int | None, seed: int) -> TokenBatches | Prompts[int]:
     """Which texts each step gets: so many, or where ``tokens`` is given, those of about so many tokens."""
     if tokens is None:
         return Prompts(range(len(rollouts)), texts, seed)
-    if isinstance(rollouts, Written | MaskedTexts):
-        return TokenBatches(rollouts.lengths, tokens, seed)
-    return TokenBatches([len(one.token_ids) for one in rollouts], tokens, seed)
+    return TokenBatches(rollouts.lengths, tokens, seed)
 
 
 def written(
     data: DataConfig, rows: Sequence[Mapping[str, Any]], policy: Policy, most: int | None = None, section: str = "data"
-) -> Written | MaskedTexts:
+) -> GivenTexts:
     """The texts in the data's column ``completion``, each behind its prompt or the opening token, or with masks.
 
     Args:
@@ -314,7 +346,9 @@ class HeldOutTexts:
         total, right, count, characters = 0.0, 0, 0, 0
         order = sorted(range(len(self.texts)), key=lambda number: self.texts.lengths[number])
         for start in range(0, len(order), 64):
-            some = [replace(one, group=number) for number in order[start : start + 64] for one in self._group(number)]
+            some = [
+                replace(one, group=number) for number in order[start : start + 64] for one in self.texts.group(number)
+            ]
             batch: Batch = collate(some, pad_id=policy.pad_id)
             guesses, logprobs = likeliest(policy, batch, self.tokens_per_part)
             # What was drawn and is no part of the text, as a mask's place is, has its chance in the old ones; else 0.
@@ -324,12 +358,9 @@ class HeldOutTexts:
             characters += sum(len(one.text) for one in some)
         nll = total / count
         found = {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}
-        if not isinstance(self.texts, MaskedTexts):
+        if self.texts.whole:
             found["bits_per_character"] = total / math.log(2.0) / max(1, characters)
         return {**found, "accuracy": right / count}
-
-    def _group(self, number: int) -> Group:
-        return self.texts.group(number) if isinstance(self.texts, MaskedTexts) else [self.texts[number]]
 
 
 def held_out_texts(config: Config, rows: Sequence[Mapping[str, Any]], policy: Policy) -> HeldOutTexts | None:

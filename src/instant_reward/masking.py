@@ -27,7 +27,7 @@ from instant_reward.types import Prompt, UserError
 
 
 class MaskedTexts:
-    """Texts of the data's own whose masks are drawn when they are asked for.
+    """Texts of the data's own whose masks are drawn when they are asked for (``fitting.GivenTexts``).
 
     Args:
         data: its ``completion`` names the column, ``masks`` says how many masks there are, ``too_long`` what becomes of
@@ -41,6 +41,8 @@ class MaskedTexts:
     Raises:
         UserError: the policy fills no masks; a text is missing, empty or too long, or has no token that may be written.
     """
+
+    stays = whole = False
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], data: DataConfig, policy: Policy, room: int) -> None:
         assert data.completion is not None, "the config names no column of texts"

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from instant_reward import models
 from instant_reward.batch import Batch
 from instant_reward.policies import terms
-from instant_reward.policies.decisions import PLAIN, DecisionPolicy, Steps, cell, check_company, decided
+from instant_reward.policies.decisions import PLAIN, DecisionPolicy, Names, Steps, cell, check_company, decided
 from instant_reward.policies.head import Softmax
 from instant_reward.policies.kinds import kind_of
 from instant_reward.policies.load import Dtype, check_words, compute_dtype, load_model, with_lora
+from instant_reward.text import Decoder
 from instant_reward.types import Prompt, UserError
 
 AUTO = "AutoModelForSequenceClassification"
@@ -67,9 +68,9 @@ class ClassifierPolicy(DecisionPolicy):
         """See ``Policy``: a decision is a whole text."""
         return True
 
-    def names(self, prompt: Prompt) -> Sequence[str]:
-        """See ``DecisionPolicy``."""
-        return self.labels
+    def decoder(self) -> Decoder:
+        """See ``Policy``: the label."""
+        return Names(lambda prompt: self.labels)
 
     def actions_of(self, text: str, prompt: Prompt) -> list[int]:
         """See ``Policy``: the label."""

@@ -73,16 +73,12 @@ class DecisionPolicy(Policy):
         """
 
     @abstractmethod
-    def names(self, prompt: Prompt) -> Sequence[str]:
-        """What each action is called in the text of a rollout."""
-
-    @abstractmethod
     def new_states(self) -> Reader:
         """See ``Learning``: what a critic of its own reads batches with."""
 
+    @abstractmethod
     def decoder(self) -> Decoder:
-        """See ``Policy``: the names of the actions in their order."""
-        return Names(self.names)
+        """See ``Policy``."""
 
     def engine(self, settings: Settings, version: int = 0) -> DecisionSampler:
         """See ``Policy``."""

@@ -116,7 +116,7 @@ class ExtractivePolicy(DecisionPolicy):
         return actions[-1] == STOP or len(actions) == len(prompt.context)
 
     def names(self, prompt: Prompt) -> list[str]:
-        """See ``DecisionPolicy``: nothing for stopping, and the sentences."""
+        """What each action adds to a text: stopping nothing, and the others their sentences."""
         return ["", *(sentence.strip() for sentence in split(prompt.text))]
 
     def decoder(self) -> Decoder:

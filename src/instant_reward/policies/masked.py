@@ -170,10 +170,6 @@ class MaskedPolicy(DecisionPolicy):
         assert prompt.context is not None, "the prompt is none of this policy's"
         return self.slots.over(prompt.context, actions)
 
-    def names(self, prompt: Prompt) -> Sequence[str]:
-        """See ``DecisionPolicy``; fills have no names, they make drafts."""
-        raise NotImplementedError("the text of a masked model is its draft; see decoder")
-
     def decoder(self) -> Decoder:
         """See ``Policy``: the whole text after each fill."""
         return DraftDecoder(self.slots)
